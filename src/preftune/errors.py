@@ -1,0 +1,21 @@
+"""The two ways in which a run may end before its time, apart from a fault of ours.
+
+The command line turns them into exit codes: `UserError` 2, `GuardStop` 3.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: the message says what, where and the cure."""
+
+
+class GuardStop(Exception):
+    """A guard ended the run (a non-finite loss, a diverged policy)."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

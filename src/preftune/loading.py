@@ -1,0 +1,252 @@
+"""From settings to the parts of a run: the row, models, data, rewards. Nothing is written here."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune import huggingface, methods, rewards, spec
+from preftune.config import Config, set_path
+from preftune.data import (
+    Example, Rejected, Renderer, Report, Rows, build_rows, check_bad_rows, load_examples,
+)  # fmt: skip
+from preftune.errors import UserError
+from preftune.methods import Method
+from preftune.sampling.decoding import Decoding
+from preftune.policies.transformer import Transformer
+from preftune.samples import Samples
+
+SMALL_MODEL = 5_000_000
+"""Parameters below which bfloat16 gains nothing on a CPU."""
+DEFAULT_MAX_LENGTH = 1024
+CPU_MICRO_BATCH_TOKENS = 2048
+
+
+def method_of(config: Config, overrides: Mapping[str, Any] | None = None) -> Method:
+    """The row that the settings name, with every setting in its place.
+
+    Args:
+        overrides: dotted paths below `terms`, from `--set`.
+    """
+    if isinstance(config.method, dict):
+        unknown = set(config.method) - {"name", "terms"}
+        if unknown:
+            raise UserError(f"method.{min(unknown)}: a row has 'name' and 'terms'.")
+        name = str(config.method.get("name", "custom"))
+        row = spec.from_data(name, config.method.get("terms"))
+    else:
+        row = methods.get(config.method)
+        if config.terms is not None:
+            row = spec.from_data(row.name, config.terms, row)
+    given = {n: v for n in methods.SETTINGS if (v := getattr(config, n, None)) is not None}
+    row = methods.resolve(methods.configure(row, given))
+    if overrides:
+        data: dict[str, Any] = {"terms": spec.to_data(row)}
+        for path, value in overrides.items():
+            _set_term(data, path, value)
+        row = spec.from_data(row.name, data["terms"], row)
+    methods.check(row, decoding_of(config), config.batch_size)
+    return row
+
+
+def _set_term(data: dict[str, Any], path: str, value: Any) -> None:
+    """`terms.0.beta` stands for `terms.0.settings.beta`; settings may be added."""
+    parts = path.split(".")
+    if len(parts) >= 3 and parts[1].isdigit() and int(parts[1]) < len(data["terms"]):
+        term = data["terms"][int(parts[1])]
+        if parts[-1] not in term and parts[2] not in ("source", "labeller"):
+            term["settings"][parts[-1]] = value  # checked against the objective when the row is built
+            return
+        if parts[2] in ("source", "labeller") and len(parts) == 4:
+            term[parts[2]][parts[3]] = value
+            return
+    set_path(data, path, value)
+
+
+def decoding_of(config: Config) -> Decoding:
+    """How responses are drawn."""
+    return Decoding(
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        top_p=config.top_p, top_k=config.top_k,
+    )  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a setting names; `auto` takes an accelerator where there is one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}': not usable here ({str(error).splitlines()[0]}). Give auto or cpu.") from error
+    return device
+
+
+def _faster_in_bfloat16(device: torch.device) -> bool:
+    """Time one product in both types: on a CPU without bfloat16 units it is several times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    timings = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(256, 512).to(dtype), torch.randn(512, 1024).to(dtype)
+        best = float("inf")
+        for _ in range(5):
+            began = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - began)
+        timings[dtype] = best
+    return timings[torch.float32] > 1.5 * timings[torch.bfloat16]
+
+
+def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
+    """The trunk's compute type under float32 weights; None is the weights' own."""
+    if dtype == "bfloat16":
+        return torch.bfloat16
+    if dtype != "auto":
+        return None
+    device = next(model.parameters()).device
+    large = sum(p.numel() for p in model.parameters()) > SMALL_MODEL
+    return torch.bfloat16 if large and _faster_in_bfloat16(device) else None
+
+
+def make_policy(config: Config, model: Any | None, tokenizer: Any | None) -> Transformer:
+    """The policy, its weights in float32 (or float64)."""
+    weights = torch.float64 if config.dtype == "float64" else torch.float32
+    if model is None:
+        model = huggingface.load_model(config.model, weights)
+    model = model.to(device=pick_device(config.device), dtype=weights)
+    ends = huggingface.end_ids(model, tokenizer)
+    if not ends:
+        raise UserError(f"model '{config.model}': has no end token. Set eos_token_id in its configuration.")
+    return Transformer(
+        model, end_ids=ends, decoding=decoding_of(config),
+        autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix,
+    )  # fmt: skip
+
+
+def make_reference(config: Config, policy: Transformer) -> Transformer:
+    """The reference policy: a model of its own, or a frozen copy of the policy as it starts."""
+    if config.reference is None:
+        return policy.frozen_copy()
+    dtype = next(policy.model.parameters()).dtype
+    model = huggingface.load_model(config.reference, dtype).to(policy.device)
+    if model.config.vocab_size != policy.model.config.vocab_size:
+        raise UserError(
+            f"reference '{config.reference}': has {model.config.vocab_size} tokens, the model "
+            f"{policy.model.config.vocab_size}. The reference must share the model's tokenizer."
+        )
+    return policy.with_model(model)
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that a model can take."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def load_rows(
+    source: Any, config: Config, renderer: Renderer, *, want: str, context: int | None, reserve: int = 0
+) -> tuple[Rows, Report, list[Rejected]]:
+    """A data source as token ids; refused rows are returned, too many of them are an error."""
+    loaded = load_examples(source, want=want, max_rows=config.max_rows)
+    limits = [n for n in (config.max_length or DEFAULT_MAX_LENGTH, context) if n is not None]
+    limit = config.max_length or min(limits)
+    try:
+        rows, report = build_rows(
+            loaded.examples, renderer, max_length=limit, truncation=config.truncation,
+            context=context, reserve=reserve,
+        )  # fmt: skip
+    except UserError as error:
+        check_bad_rows(loaded, config.bad_rows)
+        raise UserError(f"data '{_named(source)}': {error}") from error
+    check_bad_rows(loaded, config.bad_rows, later=report.rejected)
+    return rows, report, [*loaded.rejected, *report.rejected]
+
+
+def describe(rows: Rows, report: Report, refused: int) -> str:
+    """What became of the data, in one line."""
+    counts = {
+        "refused": refused,
+        "dropped as too long": report.dropped,
+        "cut": report.cut,
+        "with a token across the boundary": report.boundary_merged,
+    }
+    return ", ".join([f"data: {len(rows)} {rows.kind}", *(f"{n} {what}" for what, n in counts.items() if n)])
+
+
+def _named(source: Any) -> str:
+    return str(source) if isinstance(source, str) else "in memory"
+
+
+def want_of(method: Method) -> str:
+    """What the row's sources need of the data."""
+    most = max((t.labeller.given for t in method.terms if not t.source.draws), default=0)
+    return ("prompts", "completions", "pairs")[most]
+
+
+def make_reward(given: Any, weights: list[float] | None, max_length: int | None = None) -> rewards.Reward | None:
+    """The reward of the settings: a name, a list of names, or a function."""
+    if given is None or (isinstance(given, list) and not given):
+        if weights:
+            raise UserError("reward_weights: there is no reward to weigh.")
+        return None
+    if callable(given) and not isinstance(given, str):
+        return rewards.Function(getattr(given, "__name__", type(given).__name__), given)
+    names = [given] if isinstance(given, str) else list(given)
+    if weights is not None and len(weights) != len(names):
+        raise UserError(f"reward_weights: {len(weights)} weights for {len(names)} rewards.")
+    parts = [rewards.make(name, _classifier) for name in names]
+    if len(parts) == 1 and weights is None:
+        return parts[0]
+    return rewards.Weighted(tuple(zip(weights or [1.0] * len(parts), parts, strict=True)))
+
+
+def _classifier(name: str) -> rewards.Reward:
+    model, tokenizer = huggingface.load_classifier(name, torch.float32)
+    renderer = Renderer(tokenizer, end_ids=huggingface.end_ids(model, tokenizer))
+
+    def encode(prompt: Any, completion: str) -> list[int]:
+        example = Example(prompt=prompt, responses=(completion,), finished=(True,), columns={}, where="")
+        encoded = renderer.encode(example)
+        return [*encoded.prompt, *encoded.responses[0]]
+
+    return rewards.Classifier(name, model, encode)
+
+
+def judged(samples: Samples, rows: Rows, renderer: Renderer) -> rewards.Judged:
+    """Responses [N, K] as a reward takes them, one after another."""
+    num_responses = samples.tokens.shape[-2]
+    at = [int(r) for r in samples.row for _ in range(num_responses)]
+    lengths = (samples.lengths() - samples.finished.long()).flatten().tolist()
+    tokens = samples.tokens.flatten(0, 1)
+    return rewards.Judged(
+        prompts=[rows.texts[i] for i in at],
+        completions=[renderer.decode(t[:n].tolist()) for t, n in zip(tokens, lengths, strict=True)],
+        tokens=lengths,
+        columns={k: [v[i] for i in at] for k, v in rows.columns.items()},
+    )
+
+
+def judge_of(reward: rewards.Reward, rows: Rows, renderer: Renderer) -> Callable[[Samples], Tensor]:
+    """A reward as a function of samples."""
+
+    def judge(samples: Samples) -> Tensor:
+        values = rewards.judge(reward, judged(samples, rows, renderer))
+        return torch.tensor(values, dtype=torch.float64).view(samples.finished.shape)
+
+    return judge
+
+
+def measured_mode(reference: Transformer, prompts: Rows) -> int:
+    """The most common length of the reference's samples: the default target of `length:mode`."""
+    from preftune.evaluate import answer
+
+    drawn = answer(reference, None, prompts, {}, samples_per_prompt=2, seed=0, num_prompts=64)
+    return max(1, statistics.mode(drawn.lengths().flatten().tolist()))

@@ -1,0 +1,172 @@
+"""The loop over updates, for every row of the table on every scale of problem.
+
+    refill spent sources -> one minibatch of each -> gradient -> step -> log, evaluate, save
+
+It knows no method by name: what a row does is in its terms.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from preftune.errors import GuardStop
+from preftune.measures import Measures
+from preftune.methods import Method
+from preftune.policies.scoring import micro_batches
+from preftune.rounds import Group, World, group_terms, next_minibatch, refill
+from preftune.samples import Samples
+from preftune.terms import count, loss_sum, narrow
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the loop updates; what an update is, is the row's."""
+
+    max_steps: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    log_every: int = 1
+    eval_every: int | None = None
+    save_every: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What happens outside the loop. Each may be left out."""
+
+    log: Callable[[int, Metrics], None] = lambda step, metrics: None
+    evaluate: Callable[[int], Metrics] | None = None
+    save: Callable[["State"], None] | None = None
+    warn: Callable[[str], None] = lambda message: None
+    stop: Callable[[], bool] = lambda: False
+    """Asked after each step: end here, with everything in order for a checkpoint."""
+
+
+@dataclass
+class State:
+    """A method under way: all that changes while it runs."""
+
+    method: Method
+    world: World
+    groups: list[Group]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    version: int = 0
+    """Optimizer steps taken (an update without any item makes none)."""
+    seconds: float = 0.0
+    warned: set[str] = field(default_factory=set)
+
+
+def start(method: Method, world: World, settings: Settings) -> State:
+    """A run at step 0."""
+    parameters = list(world.policy.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    return State(method=method, world=world, groups=group_terms(method), optimizer=optimizer)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The rate of update `step` (from 0): linear warm-up, then the schedule down to 0."""
+    warmup = math.ceil(settings.warmup_ratio * settings.max_steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, settings.max_steps - warmup)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return settings.learning_rate * factor[settings.lr_schedule]
+
+
+def gradient(
+    groups: Iterable[Group], world: World, version: int, given: Samples | None = None
+) -> tuple[Tensor | None, Metrics]:
+    """Accumulate one update's gradient in the policy's parameters.
+
+    Each term is normalised by its own count over the whole minibatch, known before the first
+    forward, so the size of the micro-batches does not matter.
+
+    Returns:
+        the loss [*R] (None where no item remains) and the update's metrics.
+    """
+    total, found, measures = torch.zeros(world.policy.batch_shape, dtype=torch.float64), False, Measures()
+    for group in groups:
+        if group.round is None or group.round.spent:
+            refill(group, world, version, given)
+        samples, labelled = next_minibatch(group)
+        counts = [count(t, samples, b) for t, b in zip(group.terms, labelled, strict=True)]
+        measures.minibatch(group, samples, labelled, version)
+        if not any(bool((c > 0).any()) for c in counts):
+            continue
+        for index in micro_batches(samples, world.micro_batch_tokens):
+            part, items = narrow(samples.take(index), [b.take(index) for b in labelled])
+            with torch.set_grad_enabled(not group.idle):
+                logp = world.policy.score(part.prompt, part.prompt_mask, part.tokens, part.mask)
+                loss = torch.zeros(world.policy.batch_shape, dtype=logp.dtype)
+                for place, term, batch, n in zip(group.places, group.terms, items, counts, strict=True):
+                    mean = loss_sum(term, part, batch, logp) / n.clamp(min=1).to(logp.dtype)
+                    measures.term(place, term, part, batch, logp, mean)
+                    loss = loss + term.weight * mean if term.weight else loss
+            if not group.idle:
+                loss.sum().backward()
+            total, found = total + loss.detach().double(), found or not group.idle
+    return (total if found else None), measures.result()
+
+
+def update(run: State, settings: Settings) -> Metrics:
+    """One update of the policy.
+
+    Raises:
+        GuardStop: the loss or the gradient is not finite (the weights are left as they were).
+    """
+    began = time.perf_counter()
+    run.optimizer.zero_grad(set_to_none=True)
+    loss, metrics = gradient(run.groups, run.world, run.version)
+    rate = learning_rate(settings, run.step)
+    metrics |= {"loss": None if loss is None else float(loss.mean()), "learning_rate": rate}
+    if loss is not None:
+        norm = torch.nn.utils.clip_grad_norm_(list(run.world.policy.parameters()), settings.max_grad_norm)
+        metrics["grad_norm"] = float(norm)
+        if not (torch.isfinite(loss).all() and torch.isfinite(norm)):
+            raise GuardStop(
+                f"step {run.step + 1}: the loss is {metrics['loss']} and the gradient norm {float(norm)}. "
+                "Lower learning_rate, or look at the batch's rewards and lengths."
+            )
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        run.version += 1
+    run.step += 1
+    run.seconds += time.perf_counter() - began
+    return metrics | {"seconds": run.seconds}
+
+
+def advance(run: State, settings: Settings, hooks: Hooks) -> None:
+    """Update until `max_steps` or until `hooks.stop`, calling the hooks."""
+    if run.step == 0 and hooks.evaluate and settings.eval_every:
+        hooks.log(0, hooks.evaluate(0))
+    while run.step < settings.max_steps:
+        metrics = update(run, settings)
+        step, last = run.step, run.step == settings.max_steps
+        if metrics["loss"] is None and "ties" not in run.warned:
+            run.warned.add("ties")
+            hooks.warn(
+                f"step {step}: no item remained (all rewards of a prompt tied), so the step made no update. "
+                "Sample more responses a prompt, raise the temperature, or use a finer reward."
+            )
+        if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
+            metrics |= hooks.evaluate(step)
+        if step % settings.log_every == 0 or last:
+            hooks.log(step, metrics)
+        if hooks.save and settings.save_every and (step % settings.save_every == 0 or last):
+            hooks.save(run)
+        if hooks.stop():
+            return

@@ -1,0 +1,162 @@
+"""Masked sums, chunked token log-probs, and counter-based random draws."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**25
+"""Logits held at once by the chunked head: 128 MiB in float32."""
+
+
+def masked_sum(x: Float[Tensor, "*E T"], mask: Bool[Tensor, "*E T"]) -> Float[Tensor, "*E"]:
+    """Sum over T of the masked-in values. `where`, not a product: NaN * 0 is NaN."""
+    return torch.where(mask, x, torch.zeros_like(x)).sum(-1)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(h W^T + b)[target] by chunks of rows; the backward pass recomputes each chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        logp, normaliser = [], []
+        for h, t in _chunks(hidden, weight, target):
+            logits = _logits(h, weight, bias)
+            z = torch.logsumexp(logits, -1)
+            logp.append(logits.gather(-1, t[:, None]).squeeze(-1) - z)
+            normaliser.append(z)
+        ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normaliser))
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias, target, normaliser = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        start = 0
+        for h, t in _chunks(hidden, weight, target):
+            rows = slice(start, start + len(h))
+            start += len(h)
+            # d logp / d logits = onehot(target) - softmax, scaled by the incoming gradient
+            d_logits = _logits(h, weight, bias).sub_(normaliser[rows, None]).exp_().neg_()
+            d_logits.scatter_add_(-1, t[:, None], torch.ones_like(d_logits[:, :1]))
+            d_logits.mul_(grads[0][rows, None])
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits @ weight
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, h)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        return d_hidden, d_weight, d_bias, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    size = max(1, CHUNK_ELEMENTS // len(weight))
+    return list(zip(hidden.split(size), target.split(size), strict=True))
+
+
+def token_log_probs(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    target: Int[Tensor, " M"],
+    bias: Float[Tensor, " V"] | None = None,
+) -> Float[Tensor, " M"]:
+    """Log-prob of each target token, in float32 at least, never holding [M, V].
+
+    Args:
+        hidden: last hidden states at the positions that predict the targets.
+        weight: output embedding; bias: its bias, where the model has one.
+        target: token ids.
+    Returns:
+        nats, in the wider of float32 and the inputs' dtype.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogProbs.apply(
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), target
+        )  # type: ignore[return-value]
+
+
+def token_kl(
+    hidden: Float[Tensor, "M D"],
+    ref_hidden: Float[Tensor, "M D2"],
+    head: tuple[Tensor, Tensor | None],
+    ref_head: tuple[Tensor, Tensor | None],
+) -> Float[Tensor, " M"]:
+    """KL(policy || reference) of the next-token distribution at each position, by chunks; no gradient."""
+    out = []
+    size = max(1, CHUNK_ELEMENTS // len(head[0]))
+    with torch.no_grad():
+        for h, r in zip(hidden.split(size), ref_hidden.split(size), strict=True):
+            logp = _wide_logits(h, *head).log_softmax(-1)
+            ref_logp = _wide_logits(r, *ref_head).log_softmax(-1)
+            out.append((logp.exp() * (logp - ref_logp)).sum(-1))
+    return torch.cat(out)
+
+
+def _wide_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return _logits(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+# Random draws are functions of (key, counters), not of a generator's state: a draw does not depend
+# on what was drawn before or beside it, and a run resumes from a handful of integers.
+
+
+def stream_key(*parts: object) -> int:
+    """A 63-bit key for a named stream; equal parts give equal keys on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on int64, whose products wrap."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def uniform(key: int, *counters: Tensor | int) -> Float[Tensor, "..."]:
+    """Uniform float64 draws in [0, 1), one for each element of the broadcast counters."""
+    state = torch.tensor(key, dtype=torch.int64)
+    for counter in counters:
+        value = torch.as_tensor(counter, dtype=torch.int64)
+        state = _mix(state + (value + 1) * -7046029254386353131)  # the golden gamma
+    return ((state >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
+def permutation(key: int, epoch: int, n: int) -> Int[Tensor, " n"]:
+    """The order of n things in an epoch."""
+    return torch.argsort(uniform(key, epoch, torch.arange(n)), stable=True)
+
+
+def sample_index(probability: Float[Tensor, "*E V"], u: Float[Tensor, "*E"]) -> Int[Tensor, "*E"]:
+    """Invert the cumulative distribution at u: one draw a row."""
+    cdf = probability.to(torch.float64).cumsum(-1)
+    found = torch.searchsorted(cdf, (u.to(cdf) * cdf[..., -1]).unsqueeze(-1), right=True)
+    return found.squeeze(-1).clamp_(max=probability.shape[-1] - 1)
+
+
+def batches(sizes: Sequence[int], budget: int | None) -> list[list[int]]:
+    """Split positions into runs whose padded size (count x longest) stays within the budget.
+
+    Order is kept. One position alone may exceed the budget.
+    """
+    out: list[list[int]] = []
+    longest = 0
+    for i, size in enumerate(sizes):
+        longest = max(longest, size)
+        if out and (budget is None or (len(out[-1]) + 1) * longest <= budget):
+            out[-1].append(i)
+        else:
+            out.append([i])
+            longest = size
+    return out

@@ -1,0 +1,224 @@
+"""What a run is made of, loaded and checked before anything is written but refused rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preftune import huggingface, loading, loop, rewards, spec
+from preftune.config import Config
+from preftune.data import Rejected, Renderer, Rows, write_rejected
+from preftune.errors import UserError
+from preftune.methods import SETTINGS, Method
+from preftune.policies.transformer import Transformer
+from preftune.rounds import World, updates_per_epoch
+
+HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.05, 200, 64
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The row, the models, the data and the rewards of a run."""
+
+    config: Config
+    method: Method
+    output: Path
+    policy: Transformer
+    reference: Transformer | None
+    tokenizer: Any
+    renderer: Renderer | None
+    data: Rows | None
+    prompts: Rows | None
+    """What sources that draw answer: the `prompts` setting, or the prompts of the data."""
+    held_out: Rows | None
+    reward: rewards.Reward | None
+    gold: rewards.Reward | None
+    micro_batch_tokens: int | None
+    notes: list[str] = field(default_factory=list)
+    """What the user should know before the run."""
+
+    def judge(self, reward: rewards.Reward | None, rows: Rows | None) -> Any:
+        """A reward of samples that answer `rows`, or None."""
+        if reward is None or rows is None or self.renderer is None:
+            return None
+        return loading.judge_of(reward, rows, self.renderer)
+
+
+def prepare(
+    config: Config,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Any = None,
+    reward: Any = None,
+    overrides: Mapping[str, Any] | None = None,
+    trains: bool = True,
+) -> Parts:
+    """Load everything that the settings name; objects given replace the settings of that name.
+
+    Args:
+        overrides: dotted paths below `terms`, from `--set`.
+        trains: False for a bare gradient: no held-out rows, and samples may stand in for data.
+    Raises:
+        UserError: the first thing that is wrong, with its cure.
+    """
+    method = loading.method_of(config, overrides)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    made_reward = loading.make_reward(reward or config.reward, config.reward_weights)
+    gold = loading.make_reward(config.gold, None)
+    data = config.data if data is None else data
+    if trains:
+        _check_needs(config, method, made_reward, data)
+    output = Path(config.output or f"runs/{method.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+    if tokenizer is None and (data is not None or config.prompts or model is None):
+        tokenizer = huggingface.load_tokenizer(config.model)
+    policy = loading.make_policy(config, model, tokenizer)
+    renderer = None
+    if tokenizer is not None:
+        renderer = Renderer(
+            tokenizer, template=config.template, system_prompt=config.system_prompt, end_ids=policy.end_ids
+        )
+    parts = Parts(
+        config=config, method=method, output=output, policy=policy, reference=None, tokenizer=tokenizer,
+        renderer=renderer, data=None, prompts=None, held_out=None, reward=made_reward, gold=gold,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )  # fmt: skip
+    _load_data(parts, data, trains)
+    _load_reference(parts)
+    if parts.micro_batch_tokens is None and policy.device.type == "cpu":
+        parts.micro_batch_tokens = loading.CPU_MICRO_BATCH_TOKENS
+    if policy.autocast is not None:
+        parts.notes.append(f"compute in {policy.autocast} over float32 weights: faster on this machine")
+    return parts
+
+
+def _check_needs(config: Config, method: Method, reward: rewards.Reward | None, data: Any) -> None:
+    """The reward and the data that the row needs."""
+    if reward is None and "reward" in method.needs:
+        raise UserError(
+            f"reward: the method '{method.name}' ranks samples and needs one, e.g. --reward length:within=20."
+        )
+    want = loading.want_of(method)
+    if data is None and (want != "prompts" or config.prompts is None):
+        raise UserError(f"data: the method '{method.name}' needs {want}. Give --data a file or a Hub id.")
+
+
+def _load_data(parts: Parts, data: Any, trains: bool) -> None:
+    """Data, prompts and held-out rows; refused rows go beside the output."""
+    config, renderer = parts.config, parts.renderer
+    if renderer is None:
+        return
+    context = loading.context_of(parts.policy.model)
+    draws = any(t.source.draws for t in parts.method.terms)
+    reserve = config.max_new_tokens if draws else 0
+    rejected: list[Rejected] = []
+    if data is not None:
+        parts.data, report, rejected = loading.load_rows(
+            data, config, renderer, want=loading.want_of(parts.method), context=context, reserve=reserve
+        )
+        parts.notes.append(loading.describe(parts.data, report, len(rejected)))
+    if config.prompts is not None:
+        parts.prompts, _, more = loading.load_rows(
+            config.prompts, config, renderer, want="prompts", context=context, reserve=reserve
+        )
+        rejected = [*rejected, *more]
+    if rejected and trains:
+        path = Path(f"{parts.output}.rejected.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rejected(rejected, path)
+        parts.notes.append(f"refused rows were kept in {path}")
+    if trains and config.eval_data is not None:
+        parts.held_out, _, _ = loading.load_rows(
+            config.eval_data, config, renderer, want="prompts", context=context, reserve=config.max_new_tokens
+        )
+    elif trains:
+        _hold_out(parts)
+    if parts.prompts is None:
+        parts.prompts = parts.data
+
+
+def _hold_out(parts: Parts) -> None:
+    """Set rows of the data aside for evaluation."""
+    rows, config = parts.data, parts.config
+    if rows is None:
+        return
+    if config.eval_fraction is not None:
+        count = round(config.eval_fraction * len(rows))
+    elif parts.reward is not None and len(rows) >= HELD_OUT_LEAST:
+        count = min(int(HELD_OUT_SHARE * len(rows)), HELD_OUT_MOST)
+    else:
+        count = 0
+    if count == 0:
+        parts.notes.append("no held-out prompts: give eval_data or eval_fraction to see reward and KL")
+        return
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+    parts.data, parts.held_out = rows.select(order[count:].sort().values), rows.select(order[:count])
+    parts.notes.append(f"{count} rows held out for evaluation")
+
+
+def _load_reference(parts: Parts) -> None:
+    """The reference, where something asks for it; and the target of a bare `length:mode`."""
+    reward, needs = parts.reward, parts.method.needs
+    draws_from_it = any(t.source.draws and not t.source.on_policy for t in parts.method.terms)
+    open_mode = isinstance(reward, rewards.Length) and reward.kind == "mode" and reward.target is None
+    if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
+        parts.reference = loading.make_reference(parts.config, parts.policy)
+    if open_mode and parts.prompts is not None and parts.reference is not None:
+        parts.reward = rewards.Length("mode", loading.measured_mode(parts.reference, parts.prompts))
+        parts.notes.append(f"length:mode aims at the most common length of the reference: {parts.reward.name}")
+
+
+def make_world(parts: Parts) -> World:
+    """What the loop's rounds are made from."""
+    return World(
+        policy=parts.policy, reference=parts.reference, data=parts.data, prompts=parts.prompts,
+        reward=parts.judge(parts.reward, parts.prompts), seed=parts.config.seed,
+        batch_size=parts.config.batch_size, micro_batch_tokens=parts.micro_batch_tokens,
+    )  # fmt: skip
+
+
+def make_settings(parts: Parts) -> loop.Settings:
+    """The loop's settings; what is not given comes from the row."""
+    config = parts.config
+    source = parts.prompts if parts.method.terms[0].source.draws else parts.data
+    assert source is not None, "checked by prepare"
+    per_epoch = updates_per_epoch(parts.method, len(source), config.batch_size)
+    steps = config.max_steps or max(1, round(config.epochs * per_epoch))
+    return loop.Settings(
+        max_steps=steps,
+        learning_rate=config.learning_rate or parts.method.defaults.get("learning_rate", 1e-6),
+        lr_schedule=config.lr_schedule,
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        log_every=config.log_every,
+        eval_every=config.eval_every or steps,
+        save_every=config.save_every,
+    )
+
+
+def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
+    """config.yaml: every setting as it is used, what was automatic included."""
+    hidden = {*SETTINGS, "resume", "output", "method", "terms", "reward", "label_source"}
+    flat = parts.config.model_dump(exclude=hidden, exclude_none=True)
+    reward = parts.reward.name if isinstance(parts.reward, rewards.Length) else parts.config.reward
+    judged_by = parts.config.label_source or (parts.reward.label_source if parts.reward else None)
+    return {
+        "method": parts.method.name,
+        "terms": spec.to_data(parts.method),
+        **flat,
+        **({"reward": reward} if reward else {}),
+        **({"label_source": judged_by} if judged_by else {}),
+        "max_steps": settings.max_steps,
+        "learning_rate": settings.learning_rate,
+        "eval_every": settings.eval_every,
+        **({"micro_batch_tokens": parts.micro_batch_tokens} if parts.micro_batch_tokens else {}),
+        "dtype": "bfloat16" if parts.policy.autocast else str(parts.policy.model.dtype).removeprefix("torch."),
+        "device": parts.policy.device.type,
+        "share_prefix": parts.policy.share_prefix,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,1 @@
+"""Policies: one protocol, a table of logits and any Hugging Face causal language model."""

@@ -1,0 +1,108 @@
+"""Puts the page together and writes it in one go."""
+
+import json
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from preftune.errors import UserError
+from preftune.report import tables
+from preftune.report.figures import Chart, charts
+from preftune.report.read import RunFolder, read_runs
+
+
+def write_report(
+    folders: Sequence[Path], output: Path, *, title: str = "preftune report", note: str = ""
+) -> Path:
+    """Write one self-contained HTML page about the runs in `folders` to `output`.
+
+    Args:
+        folders: run folders; only `config.yaml` is required in each, what else is missing is left
+            out of the page. A run whose method is `reference` is the untrained model.
+        output: the HTML file. It appears whole or not at all.
+        title: the page's heading.
+        note: plain text under the heading (how the numbers came about, what they do not show);
+            blank lines separate paragraphs.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UserError: a folder is not a run folder, a file in it cannot be read, or `output` is a
+            folder.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: name a file for the page, as {output}/report.html.")
+    page = render(read_runs(folders), title=title, note=note)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".tmp-{os.getpid()}-{output.name}")
+    try:
+        # A lone surrogate (half a character, cut by a token limit) must not cost the whole page.
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return output
+
+
+def render(runs: Sequence[RunFolder], *, title: str, note: str = "") -> str:
+    """The page about `runs` as a string."""
+    from plotly.offline import get_plotlyjs
+
+    figures = charts(runs)
+    return Template(_resource("page.html")).substitute(
+        title=tables.text(title),
+        style=_resource("page.css"),
+        facts=tables.header_list(runs),
+        note=_note(note),
+        methods=tables.methods_table(runs),
+        charts=_charts(runs, figures),
+        answers=_section("answers", "Answers to held-out prompts", tables.answers(runs)),
+        settings=tables.settings(runs),
+        figures=embed_json({chart.name: [chart.data, chart.layout] for chart in figures}),
+        plotly=get_plotlyjs() if figures else "",
+        script=_resource("page.js"),
+    )
+
+
+def embed_json(value: object) -> str:
+    """JSON that is safe inside a script element: no text in it can close or open one."""
+    encoded = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return encoded.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _resource(name: str) -> str:
+    return resources.files("preftune.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _note(note: str) -> str:
+    paragraphs = [part.strip() for part in note.split("\n\n") if part.strip()]
+    if not paragraphs:
+        return ""
+    inside = "".join(f"<p>{tables.text(part)}</p>" for part in paragraphs)
+    return f"<aside class=note>{inside}</aside>"
+
+
+def _section(name: str, heading: str, inside: str) -> str:
+    return f'<section id="{name}"><h2>{heading}</h2>{inside}</section>' if inside else ""
+
+
+def _charts(runs: Sequence[RunFolder], figures: Sequence[Chart]) -> str:
+    if not figures:
+        return ""
+    boxes = "".join(
+        f"<figure><h3>{tables.text(chart.title)}</h3>"
+        f"<figcaption>{tables.text(chart.reading)}</figcaption>"
+        f'<div class=chart id="chart-{chart.name}"></div></figure>'
+        for chart in figures
+    )
+    return _section(
+        "charts",
+        "Charts",
+        f'<div class=legend role=group aria-label="Runs shown">{tables.legend(runs)}</div>'
+        "<noscript><p>The charts need JavaScript (nothing is loaded from a network).</p></noscript>"
+        f"<div class=grid>{boxes}</div>",
+    )

@@ -1,0 +1,172 @@
+"""A source's round: collect, score, label, lay out minibatches.
+
+Terms with an equal source form a group: they use the same samples, minibatches and forward pass,
+and with an equal labeller one call of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from preftune.labellers import State
+from preftune.methods import Method
+from preftune.numerics import permutation, stream_key
+from preftune.policies.base import Policy
+from preftune.policies.scoring import score_all
+from preftune.samples import Batch, Samples
+from preftune.sources import Context, Cursor, Data, Source
+from preftune.terms import Term
+
+RewardFunction = Callable[[Samples], Tensor]
+"""Rewards [*R, N, K] of a round's responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What rounds are made from; the same for the whole run."""
+
+    policy: Policy
+    reference: Policy | None
+    data: Data | None
+    """What sources that read are given."""
+    prompts: Data | None
+    """What sources that draw are given; often the same."""
+    reward: RewardFunction | None
+    seed: int
+    batch_size: int
+    """Items an update takes of each source (before `share`)."""
+    micro_batch_tokens: int | None
+    """Tokens in one forward pass; None: all at once."""
+
+
+@dataclass
+class Round:
+    """What a source collected, labelled for each term of its group."""
+
+    samples: Samples
+    batches: list[Batch]
+    minibatches: list[Tensor]
+    """Prompts of each minibatch, in the order in which they are taken."""
+    taken: int = 0
+
+    @property
+    def spent(self) -> bool:
+        """No minibatch is left."""
+        return self.taken >= len(self.minibatches)
+
+
+@dataclass
+class Group:
+    """The terms of one source, with the source's state."""
+
+    source: Source
+    terms: list[Term]
+    places: list[int]
+    """Of the terms in the row."""
+    cursor: Cursor = field(default_factory=Cursor)
+    kept: dict[int, Samples] = field(default_factory=dict)
+    states: list[State] = field(default_factory=list)
+    """One a term; equal labellers share one call, so theirs are equal."""
+    round: Round | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its rounds are scored with."""
+        return frozenset().union(*(t.needs for t in self.terms))
+
+    @property
+    def idle(self) -> bool:
+        """Every term has weight 0: sampled and logged, no backward pass."""
+        return all(isinstance(t.weight, (int, float)) and t.weight == 0 for t in self.terms)
+
+    def prompts_per_update(self, batch_size: int, num_responses: int) -> int:
+        """batch_size x share items, in whole prompts; the largest item count among the terms."""
+        items = max(t.labeller.items(num_responses) for t in self.terms)
+        return max(1, int(batch_size * self.terms[0].share) // items)
+
+
+def group_terms(method: Method) -> list[Group]:
+    """The row's terms by equal source, in the order of the row."""
+    groups: list[Group] = []
+    for place, term in enumerate(method.terms):
+        found = [g for g in groups if g.source == term.source and g.terms[0].share == term.share]
+        if found:
+            found[0].terms.append(term)
+            found[0].places.append(place)
+            found[0].states.append({})
+        else:
+            groups.append(Group(source=term.source, terms=[term], places=[place], states=[{}]))
+    return groups
+
+
+def _score(samples: Samples, needs: frozenset[str], world: World) -> Samples:
+    """Fill in what the row declares that it needs, once for the round."""
+    budget = world.micro_batch_tokens
+    if "logp" in needs and (samples.logp is None or not world.policy.exact_sampler):
+        samples = replace(samples, logp=score_all(world.policy, samples, budget))
+    if "ref_logp" in needs and samples.ref_logp is None:
+        assert world.reference is not None, "the row needs a reference policy"
+        samples = replace(samples, ref_logp=score_all(world.reference, samples, budget))
+    if "reward" in needs and samples.reward is None:
+        assert world.reward is not None, "the row needs a reward"
+        samples = replace(samples, reward=world.reward(samples))
+    return samples
+
+
+def refill(group: Group, world: World, version: int, given: Samples | None = None) -> None:
+    """A new round for the group: collect, score, label, lay out passes x minibatches.
+
+    `given` stands in for what an on-policy source would draw.
+    """
+    source = group.source
+    per_update = group.prompts_per_update(world.batch_size, source.num_responses)
+    ctx = Context(
+        data=world.prompts if source.draws else world.data, policy=world.policy, reference=world.reference, version=version,
+        seed=world.seed, cursor=group.cursor, kept=group.kept,
+    )  # fmt: skip
+    drawn = group.cursor.drawn
+    if given is not None and source.on_policy:
+        samples = given
+        per_update = group.prompts_per_update(world.batch_size, given.tokens.shape[-2])
+    else:
+        samples = source.collect(ctx, source.prompts_per_round or per_update)
+    samples = _score(samples, group.needs, world)
+
+    labelled: list[Batch] = []
+    for i, term in enumerate(group.terms):
+        twin = next((j for j in range(i) if group.terms[j].labeller == term.labeller), None)
+        if twin is None:
+            batch, group.states[i] = term.labeller(samples, group.states[i])
+        else:
+            batch, group.states[i] = labelled[twin], group.states[twin]
+        labelled.append(batch)
+
+    num_prompts = samples.row.shape[-1]
+    minibatches: list[Tensor] = []
+    for number in range(source.passes):
+        # the first pass keeps the order of collection, which is already shuffled
+        key = stream_key(world.seed, source, "passes", drawn)
+        order = permutation(key, number, num_prompts) if number else torch.arange(num_prompts)
+        minibatches.extend(order.split(per_update))
+    group.round = Round(samples, labelled, minibatches)
+
+
+def next_minibatch(group: Group) -> tuple[Samples, list[Batch]]:
+    """The group's next minibatch: whole prompts, their samples and each term's items."""
+    current = group.round
+    assert current is not None and not current.spent, "refilled before each update"
+    index = current.minibatches[current.taken]
+    current.taken += 1
+    return current.samples.take(index), [b.take(index) for b in current.batches]
+
+
+def updates_per_epoch(method: Method, num_prompts: int, batch_size: int) -> int:
+    """Updates that go once through the data: those of the row's first source."""
+    group = group_terms(method)[0]
+    source = group.source
+    per_update = group.prompts_per_update(batch_size, source.num_responses)
+    per_round = source.prompts_per_round or per_update
+    rounds = -(-num_prompts // per_round)
+    return rounds * source.passes * -(-per_round // per_update)

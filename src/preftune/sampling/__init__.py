@@ -1,0 +1,1 @@
+"""Drawing responses from a language model."""

@@ -1,0 +1,171 @@
+"""A term of a method, and how its loss is formed: bind by name, mask, mean.
+
+    Term = source -> labeller -> objective, with weight, share, level and unit
+
+Arguments of an objective are found by their names. `logp`, `value` are the policy's now; `logp_old`,
+`value_old` those at collection; `ref_logp` the reference's; `len` the response tokens; each with
+`_chosen`, `_rejected` where the labeller names roles. Other names are looked up in the labeller's
+data, then in the term's settings.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from preftune.labellers import Labeller
+from preftune.numerics import masked_sum
+from preftune.samples import Batch, Samples
+from preftune.sources import Source
+
+Objective = Callable[..., Tensor]
+_SCORES = ("logp", "value", "logp_old", "value_old", "ref_logp", "len")
+_FIELDS = {"logp_old": "logp", "value_old": "value", "ref_logp": "ref_logp"}
+
+
+@dataclass(frozen=True)
+class Times:
+    """A weight that follows a setting: factor x the method's setting of that name."""
+
+    factor: float
+    setting: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One source -> labeller -> objective."""
+
+    source: Source
+    labeller: Labeller
+    objective: Objective
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the objective: beta, tau, label_smoothing, ..."""
+    weight: float | Times = 1.0
+    """Of the mean loss."""
+    share: float = 1.0
+    """Of batch_size that this term's source draws."""
+    level: Literal["sequence", "token"] = "sequence"
+    """What the objective is given: log-probs summed over response tokens, or each token's."""
+    unit: Literal["sequence", "token"] = "sequence"
+    """What the mean is over."""
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The objective's, by name."""
+        return inspect.signature(self.objective).parameters
+
+    def takes(self, setting: str) -> bool:
+        """Whether `setting` is one of the objective's (a keyword-only parameter that is not data)."""
+        found = self.parameters.get(setting)
+        return found is not None and found.kind is found.KEYWORD_ONLY and setting != "baseline"
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What a round must be scored with, for the labeller and for the objective."""
+        found = {_FIELDS[base] for name in self.parameters if (base := _base(name)) in _FIELDS}
+        if "value" in self.parameters:
+            found.add("value")
+        return self.labeller.needs | found
+
+
+def _base(name: str) -> str | None:
+    """The score that a parameter asks for: `ref_logp_chosen` -> `ref_logp`; None for other names."""
+    for score in sorted(_SCORES, key=len, reverse=True):
+        if name == score or name.startswith(score + "_"):
+            return score
+    return None
+
+
+def _gather(x: Tensor, index: Tensor, per_token: bool) -> Tensor:
+    """x [*R, n, K, (T)] at index [*R, n, Q, A] -> [*R, n, Q, A, (T)]."""
+    shape = index.shape
+    flat = index.flatten(-2)
+    if per_token:
+        flat = flat.unsqueeze(-1).expand(*flat.shape, x.shape[-1])
+        return x.gather(-2, flat).unflatten(-2, shape[-2:])
+    return x.gather(-1, flat).unflatten(-1, shape[-2:])
+
+
+def scores(term: Term, samples: Samples, logp: Tensor) -> dict[str, Tensor]:
+    """What each score name stands for: [*R, n, K] at sequence level, [*R, n, K, T] at token level."""
+    known = {"logp": logp}
+    known |= {name: x for name, at in _FIELDS.items() if (x := getattr(samples, at)) is not None}
+    if term.level == "sequence":
+        known = {name: masked_sum(x, samples.mask) for name, x in known.items()}
+    return known | {"len": samples.lengths().to(logp.dtype)}
+
+
+def bind(term: Term, samples: Samples, batch: Batch, logp: Tensor) -> dict[str, Any]:
+    """The objective's arguments, by name: tensors [*R, n, Q, (A), (T)] and settings."""
+    known = scores(term, samples, logp)
+    per_token = term.level == "token"
+    arguments: dict[str, Any] = {}
+    for name, parameter in term.parameters.items():
+        base = _base(name)
+        if base in known:
+            x = _gather(known[base], batch.index, per_token and base != "len")
+            role = name[len(base) + 1 :]
+            arguments[name] = x.select(batch.index.ndim - 1, batch.roles.index(role)) if role else x
+        elif name in batch.data:
+            arguments[name] = batch.data[name].to(logp)
+        elif name in term.settings:
+            arguments[name] = term.settings[name]
+        elif parameter.default is parameter.empty:
+            raise AssertionError(f"objective {term.objective.__name__}: nothing provides '{name}'")
+    return arguments
+
+
+def loss_sum(term: Term, samples: Samples, batch: Batch, logp: Tensor) -> Tensor:
+    """Sum of the term's loss over the items that are kept, [*R] (divide by `count`)."""
+    loss = term.objective(**bind(term, samples, batch, logp))
+    items = batch.index.shape[:-1]
+    if term.level == "token":
+        mask = _gather(samples.mask, batch.index, per_token=True)
+        loss = masked_sum(loss, mask.select(-2, 0) if batch.roles else mask)
+    if not batch.roles:
+        loss = loss.sum(-1) if term.unit == "token" else loss.mean(-1)
+    assert loss.shape == items, f"{term.objective.__name__} gave {tuple(loss.shape)}, not {tuple(items)}"
+    if batch.keep is not None:
+        loss = torch.where(batch.keep, loss, torch.zeros_like(loss))
+    return loss.sum((-2, -1))
+
+
+def count(term: Term, samples: Samples, batch: Batch) -> Tensor:
+    """What the mean is over, [*R]: items kept, or their tokens. Known before any forward."""
+    items = torch.ones(batch.index.shape[:-1], dtype=torch.float64)
+    if term.unit == "token":
+        items = _gather(samples.lengths(), batch.index, per_token=False).sum(-1).to(items)
+    if batch.keep is not None:
+        items = items * batch.keep
+    return items.sum((-2, -1))
+
+
+def narrow(samples: Samples, batches: list[Batch]) -> tuple[Samples, list[Batch]]:
+    """Only the responses that some item points at (of best-of-N, one), so no other is computed.
+
+    The number kept follows from shapes alone, so it is the same in every run of a study.
+    """
+    flat = [b.index.flatten(-2) for b in batches]
+    total = sum(f.shape[-1] for f in flat)
+    if total >= samples.tokens.shape[-2]:
+        return samples, batches
+    chosen = torch.cat(flat, -1)
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        deep = x.ndim > chosen.ndim
+        return x.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, x.shape[-1])) if deep else x.gather(-1, chosen)
+
+    names = ("tokens", "mask", "finished", "origin", "logp", "ref_logp", "value", "reward")
+    samples = replace(samples, **{name: pick(getattr(samples, name)) for name in names})
+    out, start = [], 0
+    for batch, f in zip(batches, flat, strict=True):
+        places = torch.arange(start, start + f.shape[-1]).expand(f.shape)
+        out.append(replace(batch, index=places.unflatten(-1, batch.index.shape[-2:])))
+        start += f.shape[-1]
+    return samples, out
