@@ -47,7 +47,7 @@ lint: $(STAMP)  ## ruff, pyright and the order of the layers
 
 docs: $(STAMP)  ## the documentation, into site/
 	@if [ -f scripts/make_docs.py ]; then $(BIN)/python scripts/make_docs.py; fi
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)  ## measure speed against targets; one JSON line a target, last
 	$(BIN)/python benchmarks/run.py

@@ -58,7 +58,7 @@ def answer(
         rows = torch.arange(start, min(start + batch_prompts, total))
 
         def stream(t: int, shape: tuple[int, ...], rows: Tensor = rows) -> Tensor:
-            return uniform(key, t, rows[:, None] * shape[-1] + torch.arange(shape[-1]))
+            return uniform(key, t, rows[:, None], torch.arange(shape[-1]))
 
         drawn = policy.sample(*prompts.prompts_only(rows), samples_per_prompt, stream, 0)
         parts.append(replace(drawn, row=rows))

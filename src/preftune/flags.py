@@ -32,23 +32,34 @@ def parse(
     """
     import tyro
 
-    def with_help(kind: Any, text: str) -> Any:
-        return Annotated[kind, tyro.conf.arg(help=text)]
-
     parts: list[Any] = []
     for name, kind, default, text in extra:
-        parts.append((name, with_help(kind, text), dataclasses.field(default=default)))
+        hint = f"(default: {default})" if isinstance(default, (int, str)) and not isinstance(default, bool) else ""
+        noted = Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint=hint)]
+        parts.append((name, noted, dataclasses.field(default=default)))
     for name in settings:
         entry = Config.model_fields[name]
         default = entry.get_default()
-        shown = "" if default is None or isinstance(default, bool) else f" (default: {default})"
-        parts.append((name, with_help(_kind(name, entry.annotation), f"{entry.description}{shown}"), dataclasses.field(default=None)))
+        hint = "" if default is None or isinstance(default, bool) else f"(default: {default})"
+        kind = _kind(name, entry.annotation)
+        noted = Annotated[kind, tyro.conf.arg(help=entry.description, help_behavior_hint=hint, metavar=_metavar(kind))]
+        parts.append((name, noted, dataclasses.field(default=None)))
     shape = dataclasses.make_dataclass("Flags", parts, kw_only=True)
     found = tyro.cli(shape, prog=f"preftune {command}", description=description, args=list(args))
     values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     own = {name for name, *_ in extra}
     given = {k: (list(v) if isinstance(v, tuple) else v) for k, v in values.items() if k not in own and v is not None}
     return given, {k: v for k, v in values.items() if k in own}
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for the value in --help: its choices, or its type."""
+    (plain,) = [a for a in typing.get_args(kind) if a is not type(None)]
+    if typing.get_origin(plain) is typing.Literal:
+        return "{" + ",".join(typing.get_args(plain)) + "}"
+    if typing.get_origin(plain) is tuple:
+        return f"{typing.get_args(plain)[0].__name__.upper()} ..."
+    return plain.__name__.upper()
 
 
 def _kind(name: str, annotation: Any) -> Any:
@@ -59,7 +70,6 @@ def _kind(name: str, annotation: Any) -> Any:
         return tuple[str, ...] | None
     if name == "reward_weights":
         return tuple[float, ...] | None
-    plain = annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        (plain,) = [a for a in typing.get_args(annotation) if a is not type(None)]
-    return plain | None if not isinstance(plain, str) else plain
+        return annotation
+    return typing.Optional[annotation]  # noqa: UP045 (a Literal has no `|` on every Python)

@@ -6,7 +6,7 @@ objective.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ __all__ = [
 State = dict[str, Tensor]
 
 
+@runtime_checkable
 class Labeller(Protocol):
     """Frozen; sees a whole scored round."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 2**25
 """Logits held at once by the chunked head: 128 MiB in float32."""
@@ -21,7 +22,9 @@ class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h W^T + b)[target] by chunks of rows; the backward pass recomputes each chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+    ) -> Tensor:
         logp, normaliser = [], []
         for h, t in _chunks(hidden, weight, target):
             logits = _logits(h, weight, bias)
@@ -32,7 +35,8 @@ class _TokenLogProbs(torch.autograd.Function):
         return torch.cat(logp)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    @once_differentiable  # what is saved carries no graph: a second derivative would be wrong
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -91,10 +95,13 @@ def token_kl(
     head: tuple[Tensor, Tensor | None],
     ref_head: tuple[Tensor, Tensor | None],
 ) -> Float[Tensor, " M"]:
-    """KL(policy || reference) of the next-token distribution at each position, by chunks; no gradient."""
+    """KL(policy || reference) of the next-token distribution at each position, in nats.
+
+    By chunks, in float32 at least, and without a gradient.
+    """
     out = []
     size = max(1, CHUNK_ELEMENTS // len(head[0]))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for h, r in zip(hidden.split(size), ref_hidden.split(size), strict=True):
             logp = _wide_logits(h, *head).log_softmax(-1)
             ref_logp = _wide_logits(r, *ref_head).log_softmax(-1)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Judged:
     """Further columns of the prompt's row."""
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Judges responses."""
 

@@ -5,7 +5,7 @@ A source is frozen and holds no tensors; what it must remember (how far it is in
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from preftune.policies.base import Policy
 from preftune.samples import DATA, REFERENCE, Samples
 
 
+@runtime_checkable
 class Data(Protocol):
     """Prompts with the responses that the data hold for them."""
 
@@ -78,6 +79,7 @@ class Context:
         return torch.cat(rows)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Frozen, hashable, no tensors inside. Equal sources share samples, minibatches and forwards."""
 

@@ -42,16 +42,25 @@ def tiny() -> Callable[..., Any]:
     from transformers import PreTrainedTokenizerFast
 
     def make(
-        *, merges: tuple[tuple[str, str], ...] = (), bos: bool = False, chat: str | None = None
+        *,
+        merges: tuple[tuple[str, str], ...] = (),
+        bos: bool = False,
+        eos: bool = False,
+        trim: bool = False,
+        chat: str | None = None,
     ) -> Any:
+        """`bos` and `eos` add these tokens to a text; `trim` keeps blanks out of offsets."""
         symbols = ["<s>", "</s>", *map(chr, range(32, 127)), "\n", *(a + b for a, b in merges)]
         core = Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, list(merges)))
         core.decoder = decoders.Fuse()
         core.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
-        if bos:
+        if bos or eos:
             core.post_processor = processors.TemplateProcessing(
-                single="<s> $A", special_tokens=[("<s>", 0)]
+                single="<s> " * bos + "$A" + " </s>" * eos,
+                special_tokens=[("<s>", 0), ("</s>", 1)],
             )
+        if trim:
+            core.post_processor = processors.ByteLevel(trim_offsets=True)
         made = PreTrainedTokenizerFast(
             tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>"
         )

@@ -94,6 +94,14 @@ def test_template_none_adds_bos_where_the_tokenizer_does_and_the_end_token(tiny:
     assert texts(Renderer(tiny()), row) == ("Q: a\nA:", " b</s>", " c")
 
 
+def test_an_end_token_that_the_tokenizer_adds_is_not_trained_on_a_cut_response(tiny: Tiny):
+    row = example("Q", "A", "B", finished=[True, False])
+    for bos in (False, True):
+        start = "<s>" * bos
+        assert texts(Renderer(tiny(bos=bos, eos=True)), row) == (start + "Q", "A</s>", "B")
+    assert texts(Renderer(tiny(bos=True, eos=True, chat=CHAT)), row)[1:] == ("A</s>", "B")
+
+
 def test_text_that_brings_its_own_bos_or_end_token_gets_no_second(tiny: Tiny):
     row = example("<s>Q", "A</s>")
     assert texts(Renderer(tiny(bos=True)), row) == ("<s>Q", "A</s>")
@@ -149,8 +157,9 @@ def test_all_responses_stand_on_one_prompt_though_only_one_merges(tiny: Tiny):
     assert encoded.boundary_merged
 
 
-def test_a_response_that_begins_with_a_blank_may_merge_too(tiny: Tiny):
-    renderer = Renderer(tiny(merges=((":", " "),)))
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_response_that_begins_with_a_blank_may_merge_too(tiny: Tiny, trim: bool):
+    renderer = Renderer(tiny(merges=((":", " "),), trim=trim))
     encoded = renderer.encode(example("A:", " b"))
     assert renderer.pieces(encoded.prompt) == ["A"]
     assert renderer.pieces(encoded.responses[0]) == [": ", "b", "</s>"]

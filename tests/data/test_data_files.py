@@ -205,7 +205,7 @@ def test_no_such_file_offers_its_neighbour(tmp_path: Path):
     write(tmp_path / "pairs.jsonl")
     with pytest.raises(UserError, match="no such file. Did you mean 'pairs.jsonl'"):
         load_examples(tmp_path / "pair.jsonl")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"data 'missing/data.jsonl': no such file\."):
         load_examples("missing/data.jsonl")  # not taken for a Hub id
 
 

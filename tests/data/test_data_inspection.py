@@ -21,7 +21,7 @@ from preftune.errors import UserError
 
 PAIRS = [
     {"prompt": "ab", "chosen": "cde", "rejected": "f"},
-    {"prompt": "a", "chosen": "b", "rejected": "cd", "chosen_finished": False},
+    {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_finished": False},
     {"prompt": "a", "chosen": "x", "rejected": "y"},
     {"prompt": "abcd", "chosen": "longest", "rejected": "not"},
 ]
@@ -78,6 +78,13 @@ def test_missing_end_token_is_refused(plain: Renderer):
         check_end_token(rows, [77])
 
 
+def test_padding_is_no_end_token(plain: Renderer):
+    rows, _ = rows_of(plain)
+    empty = replace(rows, responses=[(a, []) for a, _ in rows.responses])
+    with pytest.raises(UserError, match="of 4 of 4 rows"):
+        check_end_token(empty, [0, 1])  # 0 is what padding holds
+
+
 def test_end_tokens_are_looked_for_in_every_chunk(plain: Renderer):
     rows, _ = rows_of(plain, PAIRS[:1] * 600)
     rows.responses[599] = (rows.responses[599][0], rows.responses[599][1][:-1])
@@ -87,8 +94,8 @@ def test_end_tokens_are_looked_for_in_every_chunk(plain: Renderer):
 
 def test_trivial_rules(plain: Renderer):
     rows, _ = rows_of(plain)
-    # 3 > 1; 1 < 2, the end token not counted; 1 = 1; 7 > 3.
-    assert trivial_rules(rows) == {"longer": 2.5 / 4, "shorter": 1.5 / 4}
+    # 3 > 1; 1 = 1, though only the rejected one has an end token; 1 = 1; 7 > 3.
+    assert trivial_rules(rows) == {"longer": 3 / 4, "shorter": 1 / 4}
     scores = [(-1.0, -2.0), (-1.0, -1.0), (-3.0, -2.0), (-3.0, -2.0)]
     assert trivial_rules(rows, reference_scores=scores)["higher_reference_logp"] == 1.5 / 4
     with pytest.raises(ValueError, match="1 reference scores for 4 rows"):

@@ -142,6 +142,10 @@ def test_right_cuts_the_responses_which_are_unfinished_then(plain: Renderer):
     assert rows.prompts[0] == [BOS, *ids("abcd")]
     _, report = build(plain, [LONG, SHORT], max_length=5, truncation="right")
     assert report.dropped == 1  # the prompt alone fills it
+    single = {"prompt": "abcd", "completion": "efghi"}
+    for limit in (4, 5):
+        with pytest.raises(UserError, match="1 too long"):
+            build(plain, [single], max_length=limit, truncation="right")
 
 
 def test_right_drops_a_pair_that_would_be_left_without_a_difference(plain: Renderer):

@@ -1,7 +1,7 @@
 """What the loop asks of a policy. Shapes: the legend of `preftune.samples`."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from preftune.samples import Samples
 from preftune.sampling.decoding import Uniform
 
+
+@runtime_checkable
 class Policy(Protocol):
     """Scores and samples responses; every scale of problem implements it."""
 

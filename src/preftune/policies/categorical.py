@@ -5,8 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune.numerics import sample_index
-from preftune.sampling.decoding import Uniform
 from preftune.samples import Samples
+from preftune.sampling.decoding import Uniform
 
 
 class Categorical:

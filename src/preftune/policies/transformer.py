@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune.numerics import token_kl, token_log_probs
-from preftune.sampling.decoding import Decoding, Uniform
 from preftune.policies.packing import Layout, pack
 from preftune.samples import Samples
+from preftune.sampling.decoding import Decoding, Uniform
 from preftune.sampling.local import generate
 
 log = logging.getLogger("preftune")

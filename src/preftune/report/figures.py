@@ -215,6 +215,10 @@ def _log_ratio_chart(runs: Sequence[RunFolder], role: str, reading: str) -> Char
     )
 
 
+def _loss_height(rows: int) -> int:
+    return min(760, max(360, 90 + 125 * rows))
+
+
 def _loss_chart(runs: Sequence[RunFolder]) -> Chart | None:
     """One row a run, each with a scale of its own: losses of different methods share no unit."""
     shown = [
@@ -224,7 +228,7 @@ def _loss_chart(runs: Sequence[RunFolder]) -> Chart | None:
     ]
     if not shown:
         return None
-    layout: dict[str, Any] = {"height": max(360, 90 + 125 * len(shown)), "hovermode": "x unified"}
+    layout: dict[str, Any] = {"height": _loss_height(len(shown)), "hovermode": "x unified"}
     lines: list[Trace] = []
     rows = len(shown)
     gap = 0.12 / rows if rows > 1 else 0.0
@@ -331,5 +335,6 @@ def _frontier_chart(runs: Sequence[RunFolder]) -> Chart | None:
             "xaxis": {"title": {"text": "KL to the reference (nats a response)"}},
             "yaxis": {"title": {"text": f"Reward ({html.escape(reward_unit(runs))})"}},
             "hovermode": "closest",
+            "height": min(465, _loss_height(len(runs) - 1)),  # it stands beside the losses
         },
     )

@@ -168,20 +168,23 @@ def _estimate(found: object) -> Estimate:
 def _read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         return []
-    # Split at line feeds only: str.splitlines would also cut at separators inside a response.
-    lines = _parse(path, lambda text: text.split("\n"), ())
+    # Bytes are split at line feeds only: str.splitlines would also cut at separators inside a
+    # response, and an interrupted run may have stopped inside a character.
+    lines = path.read_bytes().split(b"\n")
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
             if number == len(lines):  # no line feed after it: the run ended while writing it
                 break
-            raise UserError(f"{path}, line {number} is not JSON: {error}.") from error
+            raise UserError(
+                f"{path}, line {number} is not JSON: {error}. Mend or remove the line."
+            ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object.")
+            raise UserError(f"{path}, line {number} is not a JSON object. Remove it.")
         rows.append(row)
     return rows
 

@@ -67,12 +67,16 @@ def header_list(runs: Sequence[RunFolder]) -> str:
     """What was run, where the runs agree."""
     items: list[str] = []
     for key, name in HEADER.items():
-        values = {run.settings[key]: None for run in runs if run.settings.get(key, "null") != "null"}
+        values = {
+            run.settings[key]: None for run in runs if run.settings.get(key, "null") != "null"
+        }
         if not values and key == "date":
             name, values = "Settings written", {min(run.written for run in runs): None}
         if not values:
             continue
-        shown = [LABEL_SOURCES.get(value, value) if key == "label_source" else value for value in values]
+        shown = [
+            LABEL_SOURCES.get(value, value) if key == "label_source" else value for value in values
+        ]
         joined = shown[0] if len(shown) == 1 else f"{', '.join(shown[:4])} (differs between runs)"
         items.append(f"<div><dt>{text(name)}</dt><dd>{text(joined)}</dd></div>")
     return f'<dl class="facts">{"".join(items)}</dl>'
@@ -207,7 +211,16 @@ def settings(runs: Sequence[RunFolder]) -> str:
     """Every setting of every run, those that differ first; shared ones are written once."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     values = {key: [run.settings.get(key, DASH) for run in runs] for key in keys}
-    differ = [key for key in keys if len(set(values[key])) > 1]
+    # The untrained model has few settings; that it lacks one is no difference worth reading.
+    compared = {
+        key: {
+            run.settings.get(key, DASH)
+            for run in runs
+            if key in run.settings or not run.is_reference
+        }
+        for key in keys
+    }
+    differ = [key for key in keys if len(compared[key]) > 1]
     same = [key for key in keys if key not in differ]
     width = len(runs)
     rows: list[str] = []
@@ -218,11 +231,12 @@ def settings(runs: Sequence[RunFolder]) -> str:
             rows.append(f"<tr><th scope=row>{text(key)}</th>{cells}</tr>")
     if same:
         if width > 1:
-            rows.append(f"<tr class=group><th colspan={width + 1}>The same in all runs</th></tr>")
-        rows += [
-            f"<tr><th scope=row>{text(key)}</th><td colspan={width}>{text(values[key][0])}</td></tr>"
-            for key in same
-        ]
+            rows.append(
+                f"<tr class=group><th colspan={width + 1}>The same in all trained runs</th></tr>"
+            )
+        for key in same:
+            cell = f"<td colspan={width}>{text(*compared[key])}</td>"
+            rows.append(f"<tr><th scope=row>{text(key)}</th>{cell}</tr>")
     heads = "".join(f"<th scope=col>{text(run.label)}</th>" for run in runs)
     return (
         "<details><summary>All settings, what differs first</summary><div class=scroll>"

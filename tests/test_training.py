@@ -1,0 +1,156 @@
+"""`train` on a tiny transformer: the first step, exact resume, objects, what a run leaves behind."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from preftune import methods, train
+from preftune.errors import UserError
+from preftune.training import Event, resumed
+
+ROWS = list(methods.table())
+
+
+def length_reward(prompts: list, completions: list, **columns: object) -> list[float]:
+    """Longer is better; bytes make ties rare."""
+    return [float(len(str(c))) for c in completions]
+
+
+def settings(tiny_model: str, pairs_file: str, output: Path, **more) -> dict:
+    return {
+        "model": tiny_model, "data": pairs_file, "output": str(output), "batch_size": 4, "max_steps": 5,
+        "learning_rate": 1e-2, "max_new_tokens": 6, "threads": 1, **more,
+    }  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = weights(a), weights(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+class Stop(Exception):
+    """Ends a run from a callback, as a crash would."""
+
+
+def stop_at(step: int):
+    def callback(event: Event) -> None:
+        if event.kind == "step" and event.step == step:
+            raise Stop
+
+    return callback
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(method, tiny_model, pairs_file, tmp_path):
+    """Stopped in step 4, resumed from the checkpoint of step 3: in mid-round for rows with two passes."""
+    more = {"method": method, "save_every": 3}
+    straight = train(settings(tiny_model, pairs_file, tmp_path / "a", **more), reward=length_reward)
+    broken = settings(tiny_model, pairs_file, tmp_path / "b", **more)
+    with pytest.raises(Stop):
+        train(broken, reward=length_reward, callbacks=[stop_at(4)])
+    again = train(resumed({**broken, "resume": True}), reward=length_reward)
+    assert same(straight.folder, again.folder)
+    assert timeless(straight.metrics) == timeless(again.metrics)
+    assert [m["step"] for m in again.metrics] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("method", [m for m in ROWS if methods.get(m).needs >= {"ref_logp"}])
+def test_step_one_starts_at_the_reference(method, tiny_model, pairs_file, tmp_path):
+    run = train(settings(tiny_model, pairs_file, tmp_path / "r", method=method, max_steps=1), reward=length_reward)
+    assert run.metrics[0]["log_ratio_chosen"] == 0 and run.metrics[0]["log_ratio_rejected"] == 0
+    if method.endswith("dpo"):
+        assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_hypo_at_weight_zero_equals_dpo_bit_for_bit(tiny_model, pairs_file, tmp_path):
+    zero = train(settings(tiny_model, pairs_file, tmp_path / "a", method="hypo", weight=0))
+    plain = train(settings(tiny_model, pairs_file, tmp_path / "b", method="dpo"))
+    assert same(zero.folder, plain.folder)
+    assert [m["loss"] for m in zero.metrics] == [m["loss"] for m in plain.metrics]
+
+
+@pytest.mark.parametrize("method", ["dpo", "hypo", "on_policy_best_of_n"])
+def test_size_of_micro_batches_does_not_matter(method, tiny_model, pairs_file, tmp_path):
+    losses = []
+    for name, budget in (("a", 40), ("b", 100_000)):
+        out = settings(tiny_model, pairs_file, tmp_path / name, method=method, dtype="float64", micro_batch_tokens=budget)
+        losses.append([m["loss"] for m in train(out, reward=length_reward).metrics])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-8)
+
+
+def test_objects_replace_names(tiny_model, pairs_file, tmp_path):
+    from preftune.huggingface import load_model, load_tokenizer
+
+    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
+    by_name = train(settings(tiny_model, pairs_file, tmp_path / "a"))
+    config = {k: v for k, v in settings(tiny_model, pairs_file, tmp_path / "b").items() if k not in ("model", "data")}
+    by_object = train(config, model=load_model(tiny_model, torch.float32), tokenizer=load_tokenizer(tiny_model), data=rows)
+    assert same(by_name.folder, by_object.folder)
+
+
+def test_what_a_run_leaves_behind(tiny_model, pairs_file, tmp_path):
+    kinds: list[str] = []
+    config = settings(tiny_model, pairs_file, tmp_path / "r", eval_fraction=0.25, eval_every=2)
+    run = train(config, reward=length_reward, callbacks=[lambda e: kinds.append(e.kind)])
+    assert {p.name for p in run.folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "model", "report.html",
+    }  # fmt: skip
+    assert [m["step"] for m in run.metrics] == [0, 1, 2, 3, 4, 5]
+    assert [m["step"] for m in run.metrics if "eval_kl" in m] == [0, 2, 4, 5]
+    assert run.metrics[0]["eval_kl"] == 0 and run.metrics[0]["eval_win_rate"] == 0.5
+    found = json.loads((run.folder / "evaluation.json").read_text())
+    assert {"reward", "kl", "win_rate", "length", "no_end"} <= set(found)
+    assert kinds[-1] == "end" and kinds.count("step") == 6
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    ids = tokenizer("Say 1.", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[-1] > ids["input_ids"].shape[-1]
+    assert tokenizer.chat_template
+
+
+def test_resume_refuses_other_settings_and_lists_them(tiny_model, pairs_file, tmp_path):
+    config = settings(tiny_model, pairs_file, tmp_path / "r", save_every=2)
+    train(config)
+    with pytest.raises(UserError, match=r"learning_rate: 0.01 became 0.5"):
+        train(resumed({**config, "learning_rate": 0.5, "resume": True}))
+
+
+def test_resume_of_a_finished_run_does_nothing(tiny_model, pairs_file, tmp_path):
+    config = settings(tiny_model, pairs_file, tmp_path / "r")
+    first = train(config)
+    before = (first.folder / "metrics.jsonl").read_bytes()
+    again = train(resumed({"output": config["output"], "resume": True}))
+    assert (again.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_goes_on_to_more_steps(tiny_model, pairs_file, tmp_path):
+    config = settings(tiny_model, pairs_file, tmp_path / "r", save_every=1, lr_schedule="constant", warmup_ratio=0)
+    train(config)
+    longer = train(resumed({"output": config["output"], "resume": True, "max_steps": 7}))
+    assert [m["step"] for m in longer.metrics] == list(range(1, 8))
+
+
+def test_a_pair_with_no_difference_left_is_no_update(tiny_model, pairs_file, tmp_path):
+    notes: list[str] = []
+    config = settings(tiny_model, pairs_file, tmp_path / "r", method="on_policy_dpo", max_steps=2)
+    run = train(
+        config, reward=lambda prompts, completions: [1.0] * len(completions),
+        callbacks=[lambda e: notes.append(e.message) if e.kind == "note" else None],
+    )  # fmt: skip
+    assert [m["loss"] for m in run.metrics] == [None, None]
+    assert any("tied" in n for n in notes)
