@@ -37,8 +37,10 @@ class Pairs:
         arms = arms if responses is None else arms[:, responses]
         tokens = arms.unsqueeze(-1)
         return Samples(
-            prompt=prompt, prompt_mask=prompt_mask, tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool),
-            finished=torch.ones_like(arms, dtype=torch.bool), origin=torch.full_like(arms, DATA), row=prompt[:, 0],
+            prompt=prompt, prompt_mask=prompt_mask, tokens=tokens,
+            mask=torch.ones_like(tokens, dtype=torch.bool),
+            finished=torch.ones_like(arms, dtype=torch.bool),
+            origin=torch.full_like(arms, DATA), row=prompt[:, 0],
         )  # fmt: skip
 
 
@@ -70,7 +72,9 @@ def run(name: str, world: World, **more) -> tuple[loop.State, list[dict]]:
     row = methods.resolve(methods.configure(methods.get(name), more.pop("row", {})))
     logged: list[dict] = []
     state = loop.start(row, world, settings(**more))
-    loop.advance(state, settings(**more), loop.Hooks(log=lambda step, m: logged.append({"step": step, **m})))
+    loop.advance(
+        state, settings(**more), loop.Hooks(log=lambda step, m: logged.append({"step": step, **m}))
+    )
     return state, logged
 
 
@@ -111,7 +115,9 @@ def test_a_round_of_ties_makes_no_update():
     row = methods.resolve(methods.get("on_policy_dpo"))
     state = loop.start(row, world, settings())
     logged: list[dict] = []
-    loop.advance(state, settings(), loop.Hooks(log=lambda s, m: logged.append(m), warn=warned.append))
+    loop.advance(
+        state, settings(), loop.Hooks(log=lambda s, m: logged.append(m), warn=warned.append)
+    )
     assert torch.equal(before, world.policy.logits)
     assert all(m["loss"] is None and m["pairs"] == 0 for m in logged)
     assert state.step == 6 and state.version == 0
@@ -143,7 +149,12 @@ def test_a_tied_pair_is_masked_and_the_mean_is_over_the_others():
 
 
 def test_group_shares_samples_and_one_labelling():
-    term = Term(source=OnPolicy(samples_per_prompt=3), labeller=BestWorst(), objective=o.dpo, settings={"beta": 0.1})
+    term = Term(
+        source=OnPolicy(samples_per_prompt=3),
+        labeller=BestWorst(),
+        objective=o.dpo,
+        settings={"beta": 0.1},
+    )
     other = replace(term, objective=o.ipo, settings={"tau": 0.1}, weight=0.5)
     kl = Term(source=OnPolicy(samples_per_prompt=3), labeller=Unlabelled(), objective=o.reverse_kl)
     groups = group_terms(methods.Method(name="x", terms=(term, other, kl)))
@@ -154,7 +165,7 @@ def test_group_shares_samples_and_one_labelling():
 
 
 def test_rounds_passes_and_staleness():
-    """A round of 6 prompts in updates of 2, twice: six updates, staleness 0 to 5, each prompt twice."""
+    """6 prompts in updates of 2, twice: six updates, staleness 0 to 5, each prompt twice."""
     world = make_world(batch_size=2)
     row = methods.configure(methods.get("on_policy_dpo"), {"prompts_per_round": 6, "passes": 2})
     _, logged = run("on_policy_dpo", world, row={"prompts_per_round": 6, "passes": 2})
@@ -180,7 +191,9 @@ def test_offline_epochs_take_every_row_once_and_end_short():
 
 
 def test_order_does_not_depend_on_the_terms_place():
-    first = Term(source=Offline(), labeller=GivenPreference(), objective=o.dpo, settings={"beta": 0.1})
+    first = Term(
+        source=Offline(), labeller=GivenPreference(), objective=o.dpo, settings={"beta": 0.1}
+    )
     fresh = Term(source=OnPolicy(), labeller=Unlabelled(), objective=o.reverse_kl)
     found = []
     for terms in ((first, fresh), (fresh, first)):
@@ -199,11 +212,15 @@ def test_reference_samples_are_drawn_once():
     (group,) = group_terms(methods.get("best_of_n"))
     assert isinstance(group.source, Reference)
     refill(group, world, 0)
-    first = dict(zip(group.round.samples.row.tolist(), group.round.samples.tokens.tolist(), strict=True))
+    first = dict(
+        zip(group.round.samples.row.tolist(), group.round.samples.tokens.tolist(), strict=True)
+    )
     with torch.no_grad():
         world.reference.logits.zero_()  # whatever happens to it, the samples stay
     refill(group, world, 5)
-    second = dict(zip(group.round.samples.row.tolist(), group.round.samples.tokens.tolist(), strict=True))
+    second = dict(
+        zip(group.round.samples.row.tolist(), group.round.samples.tokens.tolist(), strict=True)
+    )
     assert first == second
     assert (group.round.samples.origin == -1).all()
 
@@ -219,7 +236,9 @@ def test_leave_one_out_baseline_of_the_round():
     for n in range(2):
         for j in range(3):
             others = [float(ratio[n, i]) for i in range(3) if i != j]
-            assert float(batch.data["baseline"][n, 0, j]) == pytest.approx(sum(others) / 2, abs=1e-14)
+            assert float(batch.data["baseline"][n, 0, j]) == pytest.approx(
+                sum(others) / 2, abs=1e-14
+            )
 
 
 def test_expected_gradient_of_the_kl_term_is_the_exact_one():

@@ -43,7 +43,13 @@ def test_hypo_uses_fresh_samples_without_labels():
 
 def test_a_negative_weight_turns_imitation_into_a_negative_gradient():
     best = methods.get("on_policy_best_of_n").terms[0]
-    row = methods.Method(name="x", terms=(best, Term(source=best.source, labeller=best.labeller, objective=o.nll, weight=-0.1)))
+    row = methods.Method(
+        name="x",
+        terms=(
+            best,
+            Term(source=best.source, labeller=best.labeller, objective=o.nll, weight=-0.1),
+        ),
+    )
     assert row.negative_gradient
 
 
@@ -53,7 +59,9 @@ def test_one_pass_over_fresh_samples_is_no_reuse():
 
 
 def test_settings_reach_every_term_that_has_them():
-    row = methods.resolve(methods.configure(methods.get("hypo"), {"beta": 0.2, "samples_per_prompt": 4}))
+    row = methods.resolve(
+        methods.configure(methods.get("hypo"), {"beta": 0.2, "samples_per_prompt": 4})
+    )
     assert row.terms[0].settings["beta"] == 0.2
     assert row.terms[1].source.num_responses == 4
     assert row.terms[1].weight == pytest.approx(0.01)  # 0.05 x beta
@@ -65,7 +73,8 @@ def test_weight_is_the_last_terms():
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "hint"), [("ipo", "beta", "tau"), ("dpo", "tau", "beta"), ("dpo", "passes", "no use")]
+    ("name", "setting", "hint"),
+    [("ipo", "beta", "tau"), ("dpo", "tau", "beta"), ("dpo", "passes", "no use")],
 )
 def test_a_setting_without_use_is_refused_with_the_cure(name, setting, hint):
     with pytest.raises(UserError, match=hint):
@@ -78,7 +87,8 @@ def test_an_unknown_row_offers_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"passes": 2}, {"prompts_per_round": 64}, {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}]
+    "settings",
+    [{"passes": 2}, {"prompts_per_round": 64}, {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}],
 )
 def test_a_kl_term_needs_fresh_samples_of_the_policy_itself(settings):
     with pytest.raises(UserError, match="reverse_kl needs"):
@@ -87,7 +97,9 @@ def test_a_kl_term_needs_fresh_samples_of_the_policy_itself(settings):
 
 def test_rounds_smaller_than_an_update_are_refused():
     with pytest.raises(UserError, match="prompts_per_round: 2"):
-        loading.method_of(load({"method": "on_policy_dpo", "batch_size": 8, "prompts_per_round": 2}))
+        loading.method_of(
+            load({"method": "on_policy_dpo", "batch_size": 8, "prompts_per_round": 2})
+        )
 
 
 def test_one_sample_cannot_be_compared():
@@ -104,13 +116,18 @@ def test_a_row_survives_the_way_through_plain_data(name):
 
 def test_a_users_row_in_plain_data():
     row = spec.from_data("mine", [
-        {"source": {"name": "on_policy", "samples_per_prompt": 4}, "labeller": "best_worst", "objective": "ipo",
-         "settings": {"tau": 0.5}, "weight": 0.5},
-        {"source": "offline", "labeller": "given_preference", "objective": "preftune.objectives:dpo",
-         "settings": {"beta": 0.3}},
+        {"source": {"name": "on_policy", "samples_per_prompt": 4}, "labeller": "best_worst",
+         "objective": "ipo", "settings": {"tau": 0.5}, "weight": 0.5},
+        {"source": "offline", "labeller": "given_preference",
+         "objective": "preftune.objectives:dpo", "settings": {"beta": 0.3}},
     ])  # fmt: skip
-    assert row.terms[0] == Term(source=OnPolicy(samples_per_prompt=4), labeller=BestWorst(), objective=o.ipo,
-                                settings={"tau": 0.5}, weight=0.5)  # fmt: skip
+    assert row.terms[0] == Term(
+        source=OnPolicy(samples_per_prompt=4),
+        labeller=BestWorst(),
+        objective=o.ipo,
+        settings={"tau": 0.5},
+        weight=0.5,
+    )
     assert row.terms[1].source == Offline() and row.terms[1].labeller == GivenPreference()
 
 
@@ -126,7 +143,12 @@ def test_a_users_row_in_plain_data():
     ],
 )
 def test_a_wrong_row_names_the_place(change, message):
-    good = {"source": "offline", "labeller": "given_preference", "objective": "dpo", "settings": {"beta": 0.1}}
+    good = {
+        "source": "offline",
+        "labeller": "given_preference",
+        "objective": "dpo",
+        "settings": {"beta": 0.1},
+    }
     with pytest.raises(UserError, match=message):
         spec.from_data("mine", [{**good, **change}])
 
@@ -134,7 +156,21 @@ def test_a_wrong_row_names_the_place(change, message):
 def test_the_machinery_names_no_method():
     """No string of a method's name stands in the parts that run every row alike."""
     home = Path(methods.__file__).parent
-    for part in ("loop", "rounds", "terms", "measures", "sources", "labellers", "training", "parts", "evaluate"):
+    for part in (
+        "loop",
+        "rounds",
+        "terms",
+        "measures",
+        "sources",
+        "labellers",
+        "training",
+        "parts",
+        "evaluate",
+    ):
         tree = ast.parse((home / f"{part}.py").read_text())
-        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        strings = {
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
         assert not strings & set(AXES), part

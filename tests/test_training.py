@@ -1,4 +1,4 @@
-"""`train` on a tiny transformer: the first step, exact resume, objects, what a run leaves behind."""
+"""`train` on a tiny transformer: first step, exact resume, objects, what a run leaves."""
 
 import json
 import math
@@ -22,8 +22,8 @@ def length_reward(prompts: list, completions: list, **columns: object) -> list[f
 
 def settings(tiny_model: str, pairs_file: str, output: Path, **more) -> dict:
     return {
-        "model": tiny_model, "data": pairs_file, "output": str(output), "batch_size": 4, "max_steps": 5,
-        "learning_rate": 1e-2, "max_new_tokens": 6, "threads": 1, **more,
+        "model": tiny_model, "data": pairs_file, "output": str(output), "batch_size": 4,
+        "max_steps": 5, "learning_rate": 1e-2, "max_new_tokens": 6, "threads": 1, **more,
     }  # fmt: skip
 
 
@@ -53,8 +53,10 @@ def stop_at(step: int):
 
 
 @pytest.mark.parametrize("method", ROWS)
-def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(method, tiny_model, pairs_file, tmp_path):
-    """Stopped in step 4, resumed from the checkpoint of step 3: in mid-round for rows with two passes."""
+def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
+    method, tiny_model, pairs_file, tmp_path
+):
+    """Stopped in step 4, resumed from step 3: in mid-round for rows with two passes."""
     more = {"method": method, "save_every": 3}
     straight = train(settings(tiny_model, pairs_file, tmp_path / "a", **more), reward=length_reward)
     broken = settings(tiny_model, pairs_file, tmp_path / "b", **more)
@@ -68,7 +70,10 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(method, tiny_mode
 
 @pytest.mark.parametrize("method", [m for m in ROWS if methods.get(m).needs >= {"ref_logp"}])
 def test_step_one_starts_at_the_reference(method, tiny_model, pairs_file, tmp_path):
-    run = train(settings(tiny_model, pairs_file, tmp_path / "r", method=method, max_steps=1), reward=length_reward)
+    run = train(
+        settings(tiny_model, pairs_file, tmp_path / "r", method=method, max_steps=1),
+        reward=length_reward,
+    )
     assert run.metrics[0]["log_ratio_chosen"] == 0 and run.metrics[0]["log_ratio_rejected"] == 0
     if method.endswith("dpo"):
         assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -85,7 +90,14 @@ def test_hypo_at_weight_zero_equals_dpo_bit_for_bit(tiny_model, pairs_file, tmp_
 def test_size_of_micro_batches_does_not_matter(method, tiny_model, pairs_file, tmp_path):
     losses = []
     for name, budget in (("a", 40), ("b", 100_000)):
-        out = settings(tiny_model, pairs_file, tmp_path / name, method=method, dtype="float64", micro_batch_tokens=budget)
+        out = settings(
+            tiny_model,
+            pairs_file,
+            tmp_path / name,
+            method=method,
+            dtype="float64",
+            micro_batch_tokens=budget,
+        )
         losses.append([m["loss"] for m in train(out, reward=length_reward).metrics])
     assert losses[0] == pytest.approx(losses[1], abs=1e-8)
 
@@ -95,8 +107,17 @@ def test_objects_replace_names(tiny_model, pairs_file, tmp_path):
 
     rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
     by_name = train(settings(tiny_model, pairs_file, tmp_path / "a"))
-    config = {k: v for k, v in settings(tiny_model, pairs_file, tmp_path / "b").items() if k not in ("model", "data")}
-    by_object = train(config, model=load_model(tiny_model, torch.float32), tokenizer=load_tokenizer(tiny_model), data=rows)
+    config = {
+        k: v
+        for k, v in settings(tiny_model, pairs_file, tmp_path / "b").items()
+        if k not in ("model", "data")
+    }
+    by_object = train(
+        config,
+        model=load_model(tiny_model, torch.float32),
+        tokenizer=load_tokenizer(tiny_model),
+        data=rows,
+    )
     assert same(by_name.folder, by_object.folder)
 
 
@@ -119,7 +140,10 @@ def test_what_a_run_leaves_behind(tiny_model, pairs_file, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     ids = tokenizer("Say 1.", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[-1] > ids["input_ids"].shape[-1]
+    assert (
+        model.generate(**ids, max_new_tokens=3, do_sample=False).shape[-1]
+        > ids["input_ids"].shape[-1]
+    )
     assert tokenizer.chat_template
 
 
@@ -139,7 +163,9 @@ def test_resume_of_a_finished_run_does_nothing(tiny_model, pairs_file, tmp_path)
 
 
 def test_resume_goes_on_to_more_steps(tiny_model, pairs_file, tmp_path):
-    config = settings(tiny_model, pairs_file, tmp_path / "r", save_every=1, lr_schedule="constant", warmup_ratio=0)
+    config = settings(
+        tiny_model, pairs_file, tmp_path / "r", save_every=1, lr_schedule="constant", warmup_ratio=0
+    )
     train(config)
     longer = train(resumed({"output": config["output"], "resume": True, "max_steps": 7}))
     assert [m["step"] for m in longer.metrics] == list(range(1, 8))

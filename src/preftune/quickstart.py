@@ -4,15 +4,16 @@ same pairs, compare them on held-out prompts, write one page.
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from preftune import loop, training
+from preftune import held_out, training
 from preftune.config import Config
 from preftune.errors import UserError
-from preftune.evaluate import Answers, Figures, figures
+from preftune.evaluate import Answers, figures
 from preftune.huggingface import DEFAULT_MODEL
 from preftune.parts import Parts, make_settings, prepare, resolved_config
 from preftune.progress import Progress
@@ -22,18 +23,18 @@ from preftune.runs import RunFolder
 METHODS = ("pref_ft", "dpo", "hypo")
 REWARD = "length:within=20"
 SETTINGS: dict[str, Any] = {
-    "model": DEFAULT_MODEL, "reward": REWARD, "max_steps": 30, "batch_size": 8, "learning_rate": 2e-5,
-    "max_new_tokens": 48, "seed": 0,
+    "model": DEFAULT_MODEL, "reward": REWARD, "max_steps": 30, "batch_size": 8,
+    "learning_rate": 2e-5, "max_new_tokens": 48, "seed": 0,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {"hypo": {"weight": 0.02}}
 """What a method has besides the common settings."""
 FINAL_SAMPLES = 2
 MIDWAY_PROMPTS = 16
 NOTE = (
-    "The reward shown is the one that the pairs were labelled by, so it is the one trained on; it says nothing "
-    "of quality. One training seed: the intervals are over held-out prompts, and another seed may differ. "
-    "HyPO reaches a lower KL than DPO at the same number of steps; DPO stopped earlier reaches similar points, "
-    "so read the frontier before calling either better."
+    "The reward shown is the one that the pairs were labelled by, so it is the one trained on; it "
+    "says nothing of quality. One training seed: the intervals are over held-out prompts, and "
+    "another seed may differ. The KL term of HyPO aims at a lower KL at the same steps, not at a "
+    "better model: DPO stopped earlier may reach the same points, so read reward against KL first."
 )
 
 
@@ -44,86 +45,101 @@ def run(output: Path, console: Any) -> list[dict[str, Any]]:
         one row a method, the reference first: name, seconds, and each figure with its interval.
     """
     _clear(output)
-    with resources.as_file(resources.files("preftune.data") / "default") as folder, Progress(console) as bar:
-        common = {**SETTINGS, "data": str(folder / "pairs.jsonl"), "eval_data": str(folder / "heldout.jsonl")}
-        rows, baseline = [], None
+    with (
+        resources.as_file(resources.files("preftune.data") / "default") as data,
+        Progress(console) as bar,
+    ):
+        parts = _prepare(METHODS[0], output, data)
+        row, baseline = _reference(parts, output / "reference", bar)
+        rows = [row]
         for name in METHODS:
-            bar.stage = name
-            own = OWN.get(name, {})
-            parts = prepare(Config(method=name, output=str(output / name), **common, **own))
-            if baseline is None:
-                began = time.perf_counter()
-                baseline = _answers(parts, parts.policy, bar, "reference", with_kl=False)
-                found = {**figures(baseline), "kl": {"value": 0.0, "low": 0.0, "high": 0.0}}
-                _write_reference(output / "reference", parts, found, baseline)
-                rows.append({"method": "reference", **found, "seconds": time.perf_counter() - began})
-                start = training.eval_metrics(found)
-            rows.append(_method(parts, output / name, baseline, start, bar))
+            if name != METHODS[0]:
+                parts = _prepare(name, output, data)
+            rows.append(_method(parts, output / name, baseline, row, bar))
     write_report(
-        [output / "reference", *(output / name for name in METHODS)], output / "report.html",
-        title="preftune quickstart", note=NOTE,
-    )  # fmt: skip
+        [output / "reference", *(output / name for name in METHODS)],
+        output / "report.html",
+        title="preftune quickstart",
+        note=NOTE,
+    )
     return rows
+
+
+def _prepare(name: str, output: Path, data: Path) -> Parts:
+    own = {
+        "data": str(data / "pairs.jsonl"),
+        "eval_data": str(data / "heldout.jsonl"),
+        **OWN.get(name, {}),
+    }
+    return prepare(Config(method=name, output=str(output / name), **SETTINGS, **own))
+
+
+def _reference(parts: Parts, path: Path, bar: Progress) -> tuple[dict[str, Any], Answers]:
+    """Evaluate the model as it is; its KL to itself is 0 by definition."""
+    began = time.perf_counter()
+    answers = _answers(replace(parts, reference=None), bar, "reference")
+    found = {**figures(answers), "kl": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    config = {"method": "reference", "model": parts.config.model, "reward": REWARD}
+    folder = RunFolder.create(path, config)
+    folder.write_json("evaluation.json", found)
+    folder.append("samples.jsonl", held_out.sample_rows(parts, answers, 0))
+    return {"method": "reference", **found, "seconds": time.perf_counter() - began}, answers
 
 
 def _clear(output: Path) -> None:
     """Replace an earlier quickstart; leave anything else alone."""
     if output.is_dir() and any(output.iterdir()):
         if not (output / "reference" / "config.yaml").is_file():
-            raise UserError(f"output '{output}' is not empty and no quickstart. Give another folder.")
+            raise UserError(
+                f"output '{output}' is not empty and no quickstart. Give another folder."
+            )
         shutil.rmtree(output)
 
 
-def _answers(parts: Parts, policy: Any, bar: Progress, stage: str, *, with_kl: bool = True) -> Answers:
+def _answers(parts: Parts, bar: Progress, stage: str) -> Answers:
     assert parts.held_out is not None, "quickstart has held-out prompts"
-    bar.begin(f"{stage} eval", len(parts.held_out))
-    if with_kl:
-        return training.held_out_answers(parts, policy, len(parts.held_out), FINAL_SAMPLES, _tick(bar))
-    without = training.without_reference(parts)
-    return training.held_out_answers(without, policy, len(parts.held_out), FINAL_SAMPLES, _tick(bar))
-
-
-def _tick(bar: Progress) -> Callable[[int, int], None]:
-    return lambda done, total: bar.advance(done)
-
-
-def _write_reference(path: Path, parts: Parts, found: Figures, answers: Answers) -> None:
-    folder = RunFolder.create(path, {"method": "reference", "model": parts.config.model, "reward": REWARD})
-    folder.write_json("evaluation.json", found)
-    folder.append("samples.jsonl", training.sample_rows(parts, answers, 0))
+    total = len(parts.held_out)
+    bar.begin(f"{stage} eval", total)
+    return held_out.held_out_answers(
+        parts, parts.policy, total, FINAL_SAMPLES, lambda done, _: bar.advance(done)
+    )
 
 
 def _method(
-    parts: Parts, path: Path, baseline: Answers, start: Mapping[str, Any], bar: Progress
+    parts: Parts, path: Path, baseline: Answers, reference: Mapping[str, Any], bar: Progress
 ) -> dict[str, Any]:
     """Train and evaluate one method."""
     began = time.perf_counter()
     settings = make_settings(parts)
     half = settings.max_steps // 2
-    settings = loop.Settings(**{**vars(settings), "eval_every": half})
+    settings = replace(settings, eval_every=half)
     folder = RunFolder.create(path, resolved_config(parts, settings))
+    start = held_out.eval_metrics({k: v for k, v in reference.items() if isinstance(v, dict)})
     result: dict[str, Any] = {}
 
     def evaluate(step: int) -> dict[str, Any]:
         if step == 0:
-            return dict(start)  # the policy is still the reference
+            return start  # the policy is still the reference
         if step < settings.max_steps:
-            few = training.held_out_answers(parts, parts.policy, MIDWAY_PROMPTS)
-            return training.eval_metrics(figures(few))
-        answers = _answers(parts, parts.policy, bar, parts.method.name)
+            few = held_out.held_out_answers(parts, parts.policy, MIDWAY_PROMPTS)
+            return held_out.eval_metrics(figures(few))
+        answers = _answers(parts, bar, parts.method.name)
         result.update(figures(answers, baseline))
-        folder.append("samples.jsonl", training.sample_rows(parts, answers, step))
-        return training.eval_metrics(result)
+        folder.append("samples.jsonl", held_out.sample_rows(parts, answers, step))
+        return held_out.eval_metrics(result)
 
     training.execute(parts, settings, folder, evaluate=evaluate, tell=training.teller([bar]))
     seconds = time.perf_counter() - began
-    folder.write_json("evaluation.json", {**result, "seconds": {"value": seconds, "low": None, "high": None}})
+    folder.write_json(
+        "evaluation.json", {**result, "seconds": {"value": seconds, "low": None, "high": None}}
+    )
     return {"method": parts.method.name, **result, "seconds": seconds}
 
 
 _COLUMNS = (
-    ("reward", "reward", "{:.2f}"), ("kl", "KL to reference, nats", "{:.1f}"), ("win_rate", "win rate", "{:.2f}"),
-    ("length", "tokens", "{:.1f}"), ("no_end", "no end token", "{:.2f}"),
+    ("reward", "reward", "{:.2f}"), ("kl", "KL to reference, nats", "{:.1f}"),
+    ("win_rate", "win rate", "{:.2f}"), ("length", "tokens", "{:.1f}"),
+    ("no_end", "no end token", "{:.2f}"),
 )  # fmt: skip
 
 
@@ -140,5 +156,10 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
     names = ["method", *(title for _, title, _ in _COLUMNS), "seconds"]
     return names, [
-        [row["method"], *(cell(row.get(key), form) for key, _, form in _COLUMNS), f"{row['seconds']:.0f}"] for row in rows
+        [
+            row["method"],
+            *(cell(row.get(key), form) for key, _, form in _COLUMNS),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
     ]

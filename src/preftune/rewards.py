@@ -124,7 +124,9 @@ class Classifier:
         scores = [0.0] * len(rows)
         for places in by_length.values():
             for part in (places[s : s + 16] for s in range(0, len(places), 16)):
-                for place, score in zip(part, self._scores(torch.tensor([rows[i] for i in part])), strict=True):
+                for place, score in zip(
+                    part, self._scores(torch.tensor([rows[i] for i in part])), strict=True
+                ):
                     scores[place] = float(score)
         return scores
 
@@ -156,7 +158,10 @@ class Weighted:
     def __call__(self, judged: Judged) -> list[float]:
         """The sum; each part is checked by itself."""
         columns = [judge(r, judged) for _, r in self.parts]
-        return [sum(w * x for (w, _), x in zip(self.parts, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [
+            sum(w * x for (w, _), x in zip(self.parts, row, strict=True))
+            for row in zip(*columns, strict=True)
+        ]
 
 
 def judge(reward: Reward, judged: Judged) -> list[float]:
@@ -169,7 +174,9 @@ def judge(reward: Reward, judged: Judged) -> list[float]:
     try:
         values = [float(x) for x in given]
     except (TypeError, ValueError) as error:
-        raise UserError(f"reward '{reward.name}' must return a list of numbers, not {given!r:.80}.") from error
+        raise UserError(
+            f"reward '{reward.name}' must return a list of numbers, not {given!r:.80}."
+        ) from error
     if len(values) != len(judged.completions):
         raise UserError(
             f"reward '{reward.name}' returned {len(values)} numbers for {len(judged.completions)} responses; "
@@ -201,7 +208,10 @@ def make(spec: str, classifier: Callable[[str], Reward]) -> Reward:
         return Function(spec, _from_file(spec, Path(path), name))
     if ":" in spec and not Path(spec).exists():
         module, _, name = spec.rpartition(":")
-        if module in ("length", "lenght", "len") or not module.replace(".", "").replace("_", "").isalnum():
+        if (
+            module in ("length", "lenght", "len")
+            or not module.replace(".", "").replace("_", "").isalnum()
+        ):
             raise UserError(f"reward '{spec}' is unknown.{nearest(spec, _examples())} {_KINDS}")
         return Function(spec, _from_module(spec, module, name))
     if "/" not in spec and not Path(spec).exists():
@@ -224,7 +234,9 @@ def _length(spec: str) -> Length:
     if kind not in LENGTHS:
         raise UserError(f"reward '{spec}' is unknown.{nearest(spec, _examples())} {_KINDS}")
     if target and (not target.isdigit() or int(target) < 1):
-        raise UserError(f"reward '{spec}': the length must be a whole number above 0, not '{target}'.")
+        raise UserError(
+            f"reward '{spec}': the length must be a whole number above 0, not '{target}'."
+        )
     if kind == "min" and target:
         raise UserError(f"reward '{spec}': length:min takes no length. Use length:within={target}.")
     if kind == "within" and not target:
@@ -255,7 +267,9 @@ def _from_module(spec: str, module: str, name: str) -> Callable[..., Any]:
     try:
         return _function(spec, importlib.import_module(module), name)
     except ImportError as error:
-        raise UserError(f"reward '{spec}': module '{module}' cannot be imported: {error}.") from error
+        raise UserError(
+            f"reward '{spec}': module '{module}' cannot be imported: {error}."
+        ) from error
 
 
 def _function(spec: str, module: Any, name: str) -> Callable[..., Any]:

@@ -79,7 +79,7 @@ class Group:
     @property
     def idle(self) -> bool:
         """Every term has weight 0: sampled and logged, no backward pass."""
-        return all(isinstance(t.weight, (int, float)) and t.weight == 0 for t in self.terms)
+        return all(t.factor == 0 for t in self.terms)
 
     def prompts_per_update(self, batch_size: int, num_responses: int) -> int:
         """batch_size x share items, in whole prompts; the largest item count among the terms."""
@@ -123,8 +123,9 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
     source = group.source
     per_update = group.prompts_per_update(world.batch_size, source.num_responses)
     ctx = Context(
-        data=world.prompts if source.draws else world.data, policy=world.policy, reference=world.reference, version=version,
-        seed=world.seed, cursor=group.cursor, kept=group.kept,
+        data=world.prompts if source.draws else world.data, policy=world.policy,
+        reference=world.reference, version=version, seed=world.seed,
+        cursor=group.cursor, kept=group.kept,
     )  # fmt: skip
     drawn = group.cursor.drawn
     if given is not None and source.on_policy:

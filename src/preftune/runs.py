@@ -51,7 +51,9 @@ class RunFolder:
         if path.is_file():
             raise UserError(f"output '{path}' is a file. Give a folder.")
         if path.is_dir() and any(path.iterdir()):
-            raise UserError(f"output '{path}' is not empty. Give another folder, or --resume to go on with it.")
+            raise UserError(
+                f"output '{path}' is not empty. Give another folder, or --resume to go on with it."
+            )
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
@@ -65,7 +67,10 @@ class RunFolder:
         """config.yaml."""
         import yaml
 
-        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_text(
+            self.path / "config.yaml",
+            yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+        )
 
     def read_config(self) -> dict[str, Any]:
         """config.yaml, as it was written."""
@@ -100,4 +105,6 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file of the folder."""
-        write_text(self.path / name, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+        write_text(
+            self.path / name, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n"
+        )

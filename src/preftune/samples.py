@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-DATA, REFERENCE = -2, -1  # `origin` of a response; 0 and up is the version of the policy that drew it
+DATA, REFERENCE = (
+    -2,
+    -1,
+)  # `origin` of a response; 0 and up is the version of the policy that drew it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class Context:
         return self.data
 
     def next_rows(self, n: int, key: int, *, wrap: bool) -> Tensor:
-        """The next n rows in a fresh order each epoch; without `wrap` an epoch's end cuts them short."""
+        """The next n rows, in a fresh order each epoch; unless `wrap`, its end cuts them short."""
         total = len(self.rows)
         rows: list[Tensor] = []
         while n > 0:
@@ -81,7 +81,7 @@ class Context:
 
 @runtime_checkable
 class Source(Protocol):
-    """Frozen, hashable, no tensors inside. Equal sources share samples, minibatches and forwards."""
+    """Frozen, hashable, no tensors. Equal sources share samples, minibatches and forwards."""
 
     @property
     def on_policy(self) -> bool:
@@ -118,7 +118,7 @@ class Offline:
     """The data set, epoch by epoch. Its round is one minibatch; the last of an epoch is short."""
 
     take: Literal["all", "chosen"] = "all"
-    """Which responses: all, or the first alone (the chosen of a pair, the only one of a completion)."""
+    """All responses, or the first alone (the chosen of a pair, the one of a completion)."""
     on_policy = False
     draws = False
     passes = 1
@@ -158,7 +158,9 @@ class Reference:
         rows = ctx.next_rows(n, key, wrap=False) if prompts is None else prompts
         fresh = torch.tensor([int(r) for r in rows if int(r) not in ctx.kept], dtype=torch.long)
         if len(fresh):
-            drawn = _draw(ctx.reference, ctx.rows, fresh, self.samples_per_prompt, key, fresh, REFERENCE)
+            drawn = _draw(
+                ctx.reference, ctx.rows, fresh, self.samples_per_prompt, key, fresh, REFERENCE
+            )
             for i, row in enumerate(fresh):
                 ctx.kept[int(row)] = drawn.take(torch.tensor([i]))
         return join([ctx.kept[int(r)] for r in rows])
@@ -186,13 +188,21 @@ class OnPolicy:
         first = ctx.cursor.drawn
         rows = ctx.next_rows(n, key, wrap=True) if prompts is None else prompts
         counters = first + torch.arange(len(rows))
-        return _draw(ctx.policy, ctx.rows, rows, self.samples_per_prompt, key, counters, ctx.version)
+        return _draw(
+            ctx.policy, ctx.rows, rows, self.samples_per_prompt, key, counters, ctx.version
+        )
 
 
 def _draw(
-    policy: Policy, data: Data, rows: Tensor, num_responses: int, key: int, counters: Tensor, origin: int
+    policy: Policy,
+    data: Data,
+    rows: Tensor,
+    num_responses: int,
+    key: int,
+    counters: Tensor,
+    origin: int,
 ) -> Samples:
-    """Sample responses to rows of the data; `counters` [n] name each prompt's own random numbers."""
+    """Sample responses to rows; `counters` [n] name each prompt's own random numbers."""
 
     def stream(t: int, shape: tuple[int, ...]) -> Tensor:
         response = torch.arange(shape[-1])

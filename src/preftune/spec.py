@@ -11,16 +11,26 @@
 """
 
 import importlib
+import inspect
+import math
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
 
 from preftune import labellers, objectives, sources
 from preftune.errors import UserError, nearest
 from preftune.methods import Method, resolve
-from preftune.terms import Term
+from preftune.samples import Samples
+from preftune.terms import Term, loss_sum
 
-_SOURCES = {"offline": sources.Offline, "reference": sources.Reference, "on_policy": sources.OnPolicy}
+_SOURCES = {
+    "offline": sources.Offline,
+    "reference": sources.Reference,
+    "on_policy": sources.OnPolicy,
+}
 _LABELLERS = {
     "demonstration": labellers.Demonstration,
     "given_preference": labellers.GivenPreference,
@@ -28,6 +38,12 @@ _LABELLERS = {
     "best": labellers.Best,
     "unlabelled": labellers.Unlabelled,
 }
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (("samples_per_prompt", "prompts_per_round", "passes"), "1 or more", lambda x: x >= 1),
+    (("beta", "tau", "clip", "max_weight"), "above 0", lambda x: x > 0),
+    (("kl", "threshold"), "0 or more", lambda x: x >= 0),
+    (("label_smoothing",), "at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
+)
 _KEYS = ("source", "labeller", "objective", "settings", "weight", "share", "level", "unit")
 
 
@@ -37,7 +53,9 @@ def to_data(method: Method) -> list[dict[str, Any]]:
         {
             "source": _part(term.source, _SOURCES),
             "labeller": _part(term.labeller, _LABELLERS),
-            "objective": _name(term.objective, {n: getattr(objectives, n) for n in objectives.__all__}),
+            "objective": _name(
+                term.objective, {n: getattr(objectives, n) for n in objectives.__all__}
+            ),
             "settings": dict(term.settings),
             "weight": term.weight,
             "share": term.share,
@@ -57,7 +75,11 @@ def from_data(name: str, terms: Any, base: Method | None = None) -> Method:
     if not isinstance(terms, list) or not terms:
         raise UserError(f"method '{name}': 'terms' must be a list of at least one term.")
     built = tuple(_term(f"terms.{i}", t) for i, t in enumerate(terms))
-    extra = {f.name: getattr(base, f.name) for f in fields(base) if f.name not in ("name", "terms")} if base else {}
+    extra = (
+        {f.name: getattr(base, f.name) for f in fields(base) if f.name not in ("name", "terms")}
+        if base
+        else {}
+    )
     return Method(name=name, terms=built, **extra)
 
 
@@ -71,39 +93,150 @@ def _term(where: str, data: Any) -> Term:
         if key not in data:
             raise UserError(f"{where}: '{key}' is missing.")
     known = {n: getattr(objectives, n) for n in objectives.__all__}
-    rest = {k: data[k] for k in ("weight", "share", "level", "unit") if k in data}
-    for key in ("weight", "share"):
-        if key in rest and (isinstance(rest[key], bool) or not isinstance(rest[key], (int, float))):
-            raise UserError(f"{where}.{key}: must be a number, not {rest[key]!r}.")
-    for key in ("level", "unit"):
-        if rest.get(key, "token") not in ("sequence", "token"):
-            raise UserError(f"{where}.{key}: must be sequence or token, not {rest[key]!r}.")
-    if not 0 < rest.get("share", 1.0) <= 1:
-        raise UserError(f"{where}.share: must lie above 0 and up to 1, not {rest['share']}.")
+    kinds = get_type_hints(Term)
+    rest: dict[str, Any] = {
+        k: _value(f"{where}.{k}", data[k], float if k in ("weight", "share") else kinds[k])
+        for k in ("weight", "share", "level", "unit")
+        if k in data
+    }
+    settings = data.get("settings") or {}
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{where}.settings: must be a mapping, as {{beta: 0.1}}, not {settings!r}.")
     term = Term(
         source=_build(f"{where}.source", data["source"], _SOURCES),
         labeller=_build(f"{where}.labeller", data["labeller"], _LABELLERS),
         objective=_find(f"{where}.objective", data["objective"], known),
-        settings=dict(data.get("settings") or {}),
+        settings={k: _plain(v) for k, v in settings.items()},
         **rest,
     )
-    for key in term.settings:
-        if not term.takes(key):
-            takes = [n for n in term.parameters if term.takes(n)]
-            raise UserError(f"{where}.settings.{key}: {data['objective']} takes {', '.join(takes) or 'no settings'}.")
+    check_term(where, term)
     return term
+
+
+def check_term(where: str, term: Term) -> None:
+    """Refuse a term whose parts do not fit together or hold values out of range.
+
+    Raises:
+        UserError: the path of what is wrong.
+    """
+    if not 0 < term.share <= 1:
+        raise UserError(f"{where}.share: must lie above 0 and up to 1, not {term.share}.")
+    for part, named in ((term.source, "source"), (term.labeller, "labeller")):
+        for name, kind in _kinds(type(part)).items():
+            _value(f"{where}.{named}.{name}", getattr(part, name), kind)
+    objective = _name(term.objective, {n: getattr(objectives, n) for n in objectives.__all__})
+    for key, value in term.settings.items():
+        if not term.takes(str(key)):
+            takes = [n for n in term.parameters if term.takes(n)]
+            raise UserError(
+                f"{where}.settings.{key}: {objective} takes {', '.join(takes) or 'no settings'}."
+                f"{nearest(str(key), [*takes, *_KEYS])}"
+            )
+        parameter = term.parameters[key]
+        if value != parameter.default and "float" in str(parameter.annotation):
+            _value(f"{where}.settings.{key}", value, float)
+    labeller = _name(type(term.labeller), _LABELLERS)
+    if term.labeller.given and term.source.draws:
+        raise UserError(
+            f"{where}.labeller: {labeller} reads the data's own responses, which this source draws "
+            "instead. Use best_worst or best, or the source offline."
+        )
+    if term.source.num_responses >= term.labeller.least:  # else `methods.check` has its say
+        _rehearse(where, term, objective, labeller)
+
+
+def _rehearse(where: str, term: Term, objective: str, labeller: str) -> None:
+    """Bind the objective to what the labeller makes of two made-up prompts."""
+    shape = (2, term.source.num_responses, 3)
+    score = -torch.arange(1.0, 1 + shape[0] * shape[1] * shape[2]).view(shape)
+    samples = Samples(
+        prompt=torch.zeros(2, 1, dtype=torch.long), prompt_mask=torch.ones(2, 1, dtype=torch.bool),
+        tokens=torch.zeros(shape, dtype=torch.long), mask=torch.ones(shape, dtype=torch.bool),
+        finished=torch.ones(shape[:2], dtype=torch.bool), row=torch.arange(2),
+        origin=torch.zeros(shape[:2], dtype=torch.long), logp=score, ref_logp=score - 1,
+        value=score, reward=score.sum(-1).double(),
+    )  # fmt: skip
+    try:
+        batch, _ = term.labeller(samples, {})
+    except Exception:  # a labeller of the user's own may need columns that only real data have
+        return
+    for name, parameter in term.parameters.items():
+        role = name.rpartition("_")[2]
+        if role in ("chosen", "rejected") and role not in batch.roles:
+            raise UserError(
+                f"{where}: {objective} compares chosen and rejected, which the labeller {labeller} "
+                "does not name. Use given_preference or best_worst."
+            )
+        given = name in term.settings or name in batch.data
+        if term.takes(name) and parameter.default is parameter.empty and not given:
+            raise UserError(f"{where}.settings: {objective} needs '{name}', as {{{name}: 0.1}}.")
+    try:
+        loss_sum(term, samples, batch, score)
+    except Exception as error:
+        raise UserError(
+            f"{where}: {objective} does not work on what {labeller} makes "
+            f"at level {term.level}: {error}."
+        ) from error
+
+
+def _kinds(part: Any) -> dict[str, Any]:
+    """The fields of a source or labeller, with their types."""
+    hints = get_type_hints(part)
+    return {f.name: hints[f.name] for f in fields(part)}
+
+
+def _plain(value: Any) -> Any:
+    """YAML reads 1e-3 as text; here it is a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _value(where: str, value: Any, kind: Any) -> Any:
+    """A value of a field, checked against its type and the range that its name stands for."""
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value not in choices:
+            hint = nearest(str(value), map(str, choices))
+            raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, choices))}.{hint}")
+        return value
+    if type(None) in choices and value is None:
+        return value
+    whole = int in (kind, *choices)
+    if not whole and float not in (kind, *choices):
+        return value
+    number = _plain(value)
+    good = not isinstance(number, bool) and isinstance(number, (int, float))
+    if not good or not math.isfinite(number) or (whole and number != int(number)):
+        kind_of = "whole number" if whole else "number"
+        raise UserError(f"{where}: must be a {kind_of}, not {value!r}.")
+    name = where.rpartition(".")[2]
+    for names, rule, holds in _RANGES:
+        if name in names and not holds(number):
+            raise UserError(f"{where}: must be {rule}, not {value!r}.")
+    return int(number) if whole else float(number)
 
 
 def _build(where: str, data: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
     """A source or labeller from its name, or a mapping of name and fields."""
     values = dict(data) if isinstance(data, Mapping) else {"name": data}
-    name = values.pop("name", None)
+    if "name" not in values:
+        raise UserError(f"{where}: 'name' is missing. Known: {', '.join(known)}.")
+    name = values.pop("name")
     kind = _find(where, name, known)
-    allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if not is_dataclass(kind):
+        raise UserError(f"{where}: '{name}' is no dataclass that could serve here.")
+    kinds = _kinds(kind)
     for key in values:
-        if key not in allowed:
-            raise UserError(f"{where}.{key}: '{name}' has no such setting.{nearest(str(key), allowed)}")
-    return kind(**values)
+        if key not in kinds:
+            hint = nearest(str(key), kinds)
+            raise UserError(f"{where}.{key}: '{name}' has no such setting.{hint}")
+    values = {k: _value(f"{where}.{k}", v, kinds[k]) for k, v in values.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field of the user's own class that has no default
+        raise UserError(f"{where}: '{name}': {error}.") from error
 
 
 def _find(where: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -112,12 +245,18 @@ def _find(where: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Cal
     if name in known:
         return known[name]
     if ":" not in name:
-        raise UserError(f"{where}: '{name}' is unknown.{nearest(name, known)} Known: {', '.join(known)}.")
+        raise UserError(
+            f"{where}: '{name}' is unknown.{nearest(name, known)} Known: {', '.join(known)}."
+        )
     module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, as for `python -m`
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}: '{name}' cannot be imported: {error}.") from error
+        found = getattr(importlib.import_module(module), attribute)
+        inspect.signature(found)
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(f"{where}: '{name}' cannot be used: {error}.") from error
+    return found
 
 
 def _part(part: Any, known: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
     Term = source -> labeller -> objective, with weight, share, level and unit
 
-Arguments of an objective are found by their names. `logp`, `value` are the policy's now; `logp_old`,
-`value_old` those at collection; `ref_logp` the reference's; `len` the response tokens; each with
-`_chosen`, `_rejected` where the labeller names roles. Other names are looked up in the labeller's
-data, then in the term's settings.
+Arguments of an objective are found by their names. `logp`, `value` are the policy's now;
+`logp_old`, `value_old` those at collection; `ref_logp` the reference's; `len` the response tokens;
+each with `_chosen`, `_rejected` where the labeller names roles. Other names are looked up in the
+labeller's data, then in the term's settings.
 """
 
 import inspect
@@ -49,9 +49,15 @@ class Term:
     share: float = 1.0
     """Of batch_size that this term's source draws."""
     level: Literal["sequence", "token"] = "sequence"
-    """What the objective is given: log-probs summed over response tokens, or each token's."""
+    """What the objective is given: log-probs summed over tokens, or each token's."""
     unit: Literal["sequence", "token"] = "sequence"
     """What the mean is over."""
+
+    @property
+    def factor(self) -> float:
+        """The weight as a number (`methods.resolve` puts it in place of `Times`)."""
+        assert not isinstance(self.weight, Times), "weights are resolved before the loop"
+        return float(self.weight)
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -59,7 +65,7 @@ class Term:
         return inspect.signature(self.objective).parameters
 
     def takes(self, setting: str) -> bool:
-        """Whether `setting` is one of the objective's (a keyword-only parameter that is not data)."""
+        """Whether `setting` is one of the objective's: keyword-only, and not data."""
         found = self.parameters.get(setting)
         return found is not None and found.kind is found.KEYWORD_ONLY and setting != "baseline"
 
@@ -73,7 +79,7 @@ class Term:
 
 
 def _base(name: str) -> str | None:
-    """The score that a parameter asks for: `ref_logp_chosen` -> `ref_logp`; None for other names."""
+    """The score that a parameter asks for: `ref_logp_chosen` -> `ref_logp`; else None."""
     for score in sorted(_SCORES, key=len, reverse=True):
         if name == score or name.startswith(score + "_"):
             return score
@@ -91,7 +97,7 @@ def _gather(x: Tensor, index: Tensor, per_token: bool) -> Tensor:
 
 
 def scores(term: Term, samples: Samples, logp: Tensor) -> dict[str, Tensor]:
-    """What each score name stands for: [*R, n, K] at sequence level, [*R, n, K, T] at token level."""
+    """What the names stand for: [*R, n, K] at sequence level, [*R, n, K, T] at token level."""
     known = {"logp": logp}
     known |= {name: x for name, at in _FIELDS.items() if (x := getattr(samples, at)) is not None}
     if term.level == "sequence":
@@ -128,7 +134,9 @@ def loss_sum(term: Term, samples: Samples, batch: Batch, logp: Tensor) -> Tensor
         loss = masked_sum(loss, mask.select(-2, 0) if batch.roles else mask)
     if not batch.roles:
         loss = loss.sum(-1) if term.unit == "token" else loss.mean(-1)
-    assert loss.shape == items, f"{term.objective.__name__} gave {tuple(loss.shape)}, not {tuple(items)}"
+    assert loss.shape == items, (
+        f"{term.objective.__name__} gave {tuple(loss.shape)}, not {tuple(items)}"
+    )
     if batch.keep is not None:
         loss = torch.where(batch.keep, loss, torch.zeros_like(loss))
     return loss.sum((-2, -1))
@@ -159,7 +167,11 @@ def narrow(samples: Samples, batches: list[Batch]) -> tuple[Samples, list[Batch]
         if x is None:
             return None
         deep = x.ndim > chosen.ndim
-        return x.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, x.shape[-1])) if deep else x.gather(-1, chosen)
+        return (
+            x.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, x.shape[-1]))
+            if deep
+            else x.gather(-1, chosen)
+        )
 
     names = ("tokens", "mask", "finished", "origin", "logp", "ref_logp", "value", "reward")
     samples = replace(samples, **{name: pick(getattr(samples, name)) for name in names})

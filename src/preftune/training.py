@@ -4,28 +4,23 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from preftune import checkpoint, huggingface, loop
+from preftune import checkpoint, held_out, huggingface, loop
 from preftune import config as configs
 from preftune.config import Config
 from preftune.errors import UserError
-from preftune.evaluate import Answers, answer, figures
 from preftune.parts import Parts, make_settings, make_world, prepare, resolved_config
 from preftune.policies.transformer import Transformer
 from preftune.report import write_report
 from preftune.rounds import group_terms
 from preftune.runs import RunFolder
 from preftune.samples import Samples, pad_stack
-
-EVAL_PROMPTS = 64
-SHOWN = 24
-"""Held-out samples of each evaluation that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +87,13 @@ def train(
         tell("note", message=note)
     settings = make_settings(parts)
     folder = _open_folder(parts, resolved_config(parts, settings))
-    evaluate = _evaluator(parts, folder) if parts.held_out is not None else None
+    evaluate = held_out.evaluator(parts, folder) if parts.held_out is not None else None
     execute(parts, settings, folder, evaluate=evaluate, tell=tell)
     write_report([folder.path], folder.path / "report.html")
     tell("end", step=settings.max_steps, total=settings.max_steps, message=str(folder.path))
-    return Run(folder=folder.path, metrics=folder.read("metrics.jsonl"), policy=parts.policy, parts=parts)
+    return Run(
+        folder=folder.path, metrics=folder.read("metrics.jsonl"), policy=parts.policy, parts=parts
+    )
 
 
 def teller(callbacks: Sequence[Callback]) -> Tell:
@@ -136,7 +133,11 @@ def execute(
         loop.advance(state, settings, hooks)
         if interrupt.asked:
             path = checkpoint.save(state, folder.path / "checkpoints")
-            tell("interrupted", step=state.step, message=f"saved {path}; go on with --output {folder.path} --resume")
+            tell(
+                "interrupted",
+                step=state.step,
+                message=f"saved {path}; go on with --output {folder.path} --resume",
+            )
             raise KeyboardInterrupt
     _save_model(parts, folder)
 
@@ -173,7 +174,9 @@ def resumed(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _finished(folder: RunFolder, settings: loop.Settings) -> bool:
     rows = folder.read("metrics.jsonl")
-    return bool(rows) and rows[-1]["step"] == settings.max_steps and (folder.path / "model").is_dir()
+    return (
+        bool(rows) and rows[-1]["step"] == settings.max_steps and (folder.path / "model").is_dir()
+    )
 
 
 def _open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
@@ -183,10 +186,17 @@ def _open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     folder = RunFolder(parts.output)
     before = folder.read_config()
     free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
-    differs = [k for k in {**before, **resolved} if k not in free and before.get(k) != resolved.get(k)]
+    differs = [
+        k for k in {**before, **resolved} if k not in free and before.get(k) != resolved.get(k)
+    ]
     if differs:
-        changes = "; ".join(f"{k}: {before.get(k)!r} became {resolved.get(k)!r}" for k in sorted(differs))
-        raise UserError(f"resume '{parts.output}': the settings differ: {changes}. Only the number of steps and logging may.")
+        changes = "; ".join(
+            f"{k}: {before.get(k)!r} became {resolved.get(k)!r}" for k in sorted(differs)
+        )
+        raise UserError(
+            f"resume '{parts.output}': the settings differ: {changes}. "
+            "Only the number of steps and logging may."
+        )
     folder.write_config(resolved)
     return folder
 
@@ -210,63 +220,6 @@ def _log(folder: RunFolder, tell: Tell, total: int, step: int, metrics: dict[str
 def _save(state: loop.State, folder: RunFolder, tell: Tell) -> None:
     path = checkpoint.save(state, folder.path / "checkpoints")
     tell("save", step=state.step, message=str(path))
-
-
-def held_out_answers(parts: Parts, policy: Transformer, num_prompts: int = EVAL_PROMPTS, per_prompt: int = 1,
-                     progress: Callable[[int, int], None] = lambda done, total: None) -> Answers:  # fmt: skip
-    """A policy's judged samples on the run's held-out prompts."""
-    assert parts.held_out is not None, "there are held-out prompts"
-    named = {r.name: parts.judge(r, parts.held_out) for r in (parts.reward, parts.gold) if r is not None}
-    return answer(
-        policy, parts.reference, parts.held_out, named, samples_per_prompt=per_prompt, seed=parts.config.seed,
-        micro_batch_tokens=parts.micro_batch_tokens, num_prompts=num_prompts, progress=progress,
-    )  # fmt: skip
-
-
-def without_reference(parts: Parts) -> Parts:
-    """The same parts, for answers whose KL is not asked for (those of the reference itself)."""
-    return replace(parts, reference=None)
-
-
-def sample_rows(parts: Parts, answers: Answers, step: int, most: int = SHOWN) -> list[dict[str, Any]]:
-    """Held-out answers as rows of samples.jsonl."""
-    assert parts.held_out is not None and parts.renderer is not None, "there are held-out prompts"
-    samples, lengths = answers.samples, answers.lengths()
-    rewards = next(iter(answers.rewards.values()), None)
-    rows = []
-    for i, row in enumerate(samples.row.tolist()[:most]):
-        ids = samples.tokens[i, 0][: int(lengths[i, 0])].tolist()
-        rows.append({
-            "step": step, "set": "eval", "row": row, "prompt": parts.held_out.texts[row],
-            "response": parts.renderer.decode(ids), "reward": None if rewards is None else float(rewards[i, 0]),
-            "tokens": int(lengths[i, 0]), "finished": bool(samples.finished[i, 0]),
-        })  # fmt: skip
-    return rows
-
-
-def eval_metrics(found: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
-    """Evaluation figures under their names in metrics.jsonl."""
-    out: dict[str, Any] = {}
-    for name, figure in found.items():
-        out[f"eval_{name}"] = figure["value"]
-        if name in ("reward", "kl"):
-            out |= {f"eval_{name}_low": figure["low"], f"eval_{name}_high": figure["high"]}
-    return out
-
-
-def _evaluator(parts: Parts, folder: RunFolder) -> Callable[[int], dict[str, Any]]:
-    """Evaluation as the loop calls it; the reference answers once."""
-    assert parts.reference is not None, "held-out prompts bring the reference"
-    baseline = held_out_answers(parts, parts.reference)
-
-    def evaluate(step: int) -> dict[str, Any]:
-        answers = held_out_answers(parts, parts.policy)
-        found = figures(answers, baseline)
-        folder.append("samples.jsonl", sample_rows(parts, answers, step))
-        folder.write_json("evaluation.json", found)
-        return eval_metrics(found)
-
-    return evaluate
 
 
 def _save_model(parts: Parts, folder: RunFolder) -> None:
@@ -295,7 +248,11 @@ def first_gradient(
     Returns:
         the gradient of each of the model's named parameters.
     """
-    config = configs.load(config).model_copy(update={"dtype": "float64"})
+    config = configs.load(config)
+    # One row a response: some models normalise in float32 whatever their weights are, and then the
+    # gradients of a shared prompt differ by that rounding from those of rows by themselves.
+    exact = {"dtype": "float64", "share_prefix": bool(config.share_prefix)}
+    config = config.model_copy(update=exact)
     parts = prepare(config, model=model, trains=False)
     given = None if samples is None else _given(samples, parts.policy.end_ids)
     groups, world = group_terms(parts.method), make_world(parts)
@@ -315,7 +272,9 @@ def _given(rows: Sequence[Mapping[str, Any]], end_ids: Sequence[int]) -> Samples
         by_prompt.setdefault(tuple(row["prompt_ids"]), []).append(row)
     counts = {len(group) for group in by_prompt.values()}
     if len(counts) != 1:
-        raise UserError(f"samples: every prompt needs the same number of responses, not {sorted(counts)}.")
+        raise UserError(
+            f"samples: every prompt needs the same number of responses, not {sorted(counts)}."
+        )
     prompt, prompt_mask = pad_stack([torch.tensor(p) for p in by_prompt], left=True)
     flat = [row for group in by_prompt.values() for row in group]
     tokens, mask = pad_stack([torch.tensor(row["response_ids"]) for row in flat])
@@ -330,5 +289,7 @@ def _given(rows: Sequence[Mapping[str, Any]], end_ids: Sequence[int]) -> Samples
         finished=torch.tensor(ended).view(shape),
         origin=torch.zeros(shape, dtype=torch.long),
         row=torch.arange(shape[0]),
-        reward=torch.tensor([float(r["reward"]) for r in flat]).double().view(shape) if rewarded else None,
+        reward=torch.tensor([float(r["reward"]) for r in flat]).double().view(shape)
+        if rewarded
+        else None,
     )

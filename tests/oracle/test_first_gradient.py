@@ -583,6 +583,19 @@ def test_micro_batches_change_nothing(either: World, method: str, tmp_path: Path
     assert_same(split, case.actual())
 
 
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("method", ["dpo", "on_policy_dpo", "hypo"])
+def test_sharing_the_prompt_changes_nothing(
+    worlds: dict[str, World], method: str, share_prefix: bool, tmp_path: Path
+) -> None:
+    """On GPT-2, whose norms keep float64, so that the order of sums is all that can differ."""
+    world = worlds["gpt2-bos"]
+    case = Case(
+        world, method, tmp_path, reference=world.other, config={"share_prefix": share_prefix}
+    )
+    assert_same(case.actual(), case.expected())
+
+
 @pytest.mark.parametrize("method", ["on_policy_dpo", "on_policy_best_of_n", "hypo"])
 def test_three_samples_a_prompt(either: World, method: str, tmp_path: Path) -> None:
     """Best against worst leaves the middle one out; the baseline is the mean of two others."""

@@ -32,8 +32,11 @@ class Categorical:
         mask: Bool[Tensor, "*R n K 1"],
     ) -> Float[Tensor, "*R n K 1"]:
         """See `Policy.score`."""
-        assert tokens.shape[-1] == 1, f"a categorical answers with one token, not {tokens.shape[-1]}"
-        return self.log_probs(prompt).gather(-1, tokens.squeeze(-1)).unsqueeze(-1)
+        assert tokens.shape[-1] == 1, (
+            f"a categorical answers with one token, not {tokens.shape[-1]}"
+        )
+        logp = self.log_probs(prompt).gather(-1, tokens.squeeze(-1)).unsqueeze(-1)
+        return torch.where(mask, logp, 0.0)
 
     @torch.no_grad()
     def sample(
@@ -77,4 +80,6 @@ class Categorical:
 
     def frozen_copy(self) -> "Categorical":
         """See `Policy.frozen_copy`."""
-        return Categorical(self.logits)
+        twin = Categorical(self.logits)
+        twin.logits.requires_grad_(False)
+        return twin

@@ -19,7 +19,9 @@ def micro_batches(samples: Samples, budget: int | None) -> list[Tensor]:
         return [torch.arange(samples.row.shape[-1])]
     size = sizes(samples)
     order = sorted(range(len(size)), key=lambda i: -size[i])
-    return [torch.tensor([order[i] for i in part]) for part in batches([size[i] for i in order], budget)]
+    return [
+        torch.tensor([order[i] for i in part]) for part in batches([size[i] for i in order], budget)
+    ]
 
 
 @torch.no_grad()

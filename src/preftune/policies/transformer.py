@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from preftune.huggingface import accepted
 from preftune.numerics import token_kl, token_log_probs
+from preftune.policies.capabilities import head_is_a_product, share_window
 from preftune.policies.packing import Layout, pack
 from preftune.samples import Samples
 from preftune.sampling.decoding import Decoding, Uniform
@@ -50,11 +52,12 @@ class Transformer:
         self.decoding = decoding or Decoding()
         self.autocast = autocast
         self.exact_sampler = autocast is None
-        self._whole_model = not self._same_from_parts()
-        able = self._can_share()
+        self._whole_model = not head_is_a_product(model)
+        self._window = share_window(model)
+        able = share_prefix is not False and self._can_share()
         if share_prefix and not able:
-            log.warning("share_prefix: this model's attention takes no 4-d mask; rows hold one response each")
-        self.share_prefix = able if share_prefix is None else share_prefix and able
+            log.warning("share_prefix: not possible with this model; rows hold one response each")
+        self.share_prefix = able
 
     @property
     def device(self) -> torch.device:
@@ -69,53 +72,52 @@ class Transformer:
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
+    def _forward(self, module: Any, layout: Layout) -> Any:
+        inputs = {
+            "input_ids": layout.input_ids.to(self.device),
+            "attention_mask": layout.attention_mask.to(self.device),
+            "position_ids": layout.position_ids.to(self.device),
+            "use_cache": False,
+        }
+        with self._amp():
+            return module(**accepted(module, inputs))
+
     def _hidden(self, layout: Layout) -> Float[Tensor, "M D"]:
         """Last hidden state at each predicting position."""
-        with self._amp():
-            out = self.model.base_model(
-                input_ids=layout.input_ids.to(self.device),
-                attention_mask=layout.attention_mask.to(self.device),
-                position_ids=layout.position_ids.to(self.device),
-                use_cache=False,
-            )
-        return out.last_hidden_state.flatten(0, 1)[layout.predict.to(self.device)]
+        out = self._forward(self.model.base_model, layout).last_hidden_state
+        return out.flatten(0, 1)[layout.predict.to(self.device)]
 
-    def _logits(self, layout: Layout) -> Float[Tensor, "M V"]:
-        """Logits at each predicting position, for models whose head does more than one product."""
-        with self._amp():
-            out = self.model(
-                input_ids=layout.input_ids.to(self.device),
-                attention_mask=layout.attention_mask.to(self.device),
-                position_ids=layout.position_ids.to(self.device),
-                use_cache=False,
-            )
-        return out.logits.flatten(0, 1)[layout.predict.to(self.device)]
+    def _whole_log_probs(self, layout: Layout) -> Float[Tensor, "M V"]:
+        """All log-probs at each predicting position, for heads that do more than one product."""
+        out = self._forward(self.model, layout).logits
+        logits = out.flatten(0, 1)[layout.predict.to(self.device)]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    @torch.no_grad()
-    def _same_from_parts(self) -> bool:
-        """Whether trunk and output embedding alone give the model's logits (some scale or cap them)."""
-        ids = torch.arange(1, 6, device=self.device)[None] % self.model.config.vocab_size
-        whole = self.model(input_ids=ids, use_cache=False).logits.double()
-        weight, bias = self._head()
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        parts = torch.nn.functional.linear(hidden, weight, bias).double()
-        return parts.shape == whole.shape and torch.allclose(parts, whole, atol=1e-3, rtol=1e-3)
+    def _shares(self, prompt_mask: Tensor, mask: Tensor) -> bool:
+        """Whether the responses of a prompt share a row."""
+        longest = prompt_mask.sum(-1) + mask.sum(-1).amax(-1)
+        return self.share_prefix and int(longest.max()) <= self._window
 
     @torch.no_grad()
     def _can_share(self) -> bool:
-        """Whether two responses in one row behind a 4-d mask score as they do in rows of their own."""
-        vocab = self.model.config.vocab_size
+        """Whether two responses in one row score as they do in rows of their own."""
+        vocab = self.model.config.get_text_config().vocab_size
         prompt = torch.tensor([[3, 5, 7]]) % vocab
         tokens = torch.tensor([[[11, 13, 17, 19], [23, 29, 31, 37]]]) % vocab
-        args = (prompt, torch.ones_like(prompt, dtype=torch.bool), tokens, torch.ones_like(tokens, dtype=torch.bool))
-        scores = []
-        for shared in (False, True):
-            self.share_prefix = shared
-            try:
-                scores.append(self.score(*args))
-            except (RuntimeError, ValueError, TypeError):
-                return False
-        return torch.allclose(scores[0], scores[1], atol=1e-3 if self.autocast is None else 0.1)
+        if self._window < prompt.shape[-1] + tokens.shape[-1]:
+            return False
+        inputs = (prompt, torch.ones_like(prompt).bool(), tokens, torch.ones_like(tokens).bool())
+        probe = copy.copy(self)
+        probe.autocast = None  # its rounding would hide a wrong mask
+        probe.share_prefix = False
+        apart = probe.score(*inputs)
+        probe.share_prefix = True
+        try:
+            together = probe.score(*inputs)
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        near = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.model.dtype, 0.1)
+        return torch.allclose(apart, together, rtol=0.0, atol=near)
 
     def score(
         self,
@@ -125,12 +127,11 @@ class Transformer:
         mask: Bool[Tensor, "n K T"],
     ) -> Float[Tensor, "n K T"]:
         """See `Policy.score`. Float32 at least; no padded position is ever computed into a sum."""
-        layout = pack(prompt, prompt_mask, tokens, mask, shared=self.share_prefix)
+        shared = self._shares(prompt_mask, mask)
+        layout = pack(prompt, prompt_mask, tokens, mask, shared=shared)
         target = tokens[mask].to(self.device)
         if self._whole_model:
-            logits = self._logits(layout)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            flat = wide.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+            flat = self._whole_log_probs(layout).gather(-1, target[:, None]).squeeze(-1)
         else:
             weight, bias = self._head()
             flat = token_log_probs(self._hidden(layout), weight, target, bias)
@@ -148,31 +149,32 @@ class Transformer:
     ) -> Samples:
         """See `Policy.sample`. Token ids are kept as drawn, never decoded and tokenised again."""
         with self._amp():
-            tokens, mask, finished, logp = generate(
+            drawn = generate(
                 self.model, prompt, prompt_mask, num_responses, uniform, self.decoding, self.end_ids
             )
         return Samples(
             prompt=prompt,
             prompt_mask=prompt_mask,
-            tokens=tokens,
-            mask=mask,
-            finished=finished,
-            origin=torch.full(finished.shape, origin),
+            tokens=drawn.tokens,
+            mask=drawn.mask,
+            finished=drawn.finished,
+            origin=torch.full(drawn.finished.shape, origin),
             row=torch.full((len(prompt),), -1),
-            logp=logp.to(torch.promote_types(self.model.dtype, torch.float32)),
+            logp=drawn.logp,
         )
 
     @torch.no_grad()
     def step_kl(self, reference: "Transformer", samples: Samples) -> Float[Tensor, "n K T"]:
         """See `Policy.step_kl`."""
-        layout = pack(
-            samples.prompt, samples.prompt_mask, samples.tokens, samples.mask, shared=self.share_prefix
-        )
-        if self._whole_model:
-            logp, ref_logp = self._logits(layout).log_softmax(-1), reference._logits(layout).log_softmax(-1)
+        s = samples
+        shared = all(x._shares(s.prompt_mask, s.mask) for x in (self, reference))
+        layout = pack(s.prompt, s.prompt_mask, s.tokens, s.mask, shared=shared)
+        if self._whole_model or reference._whole_model:
+            logp, ref_logp = self._whole_log_probs(layout), reference._whole_log_probs(layout)
             flat = (logp.exp() * (logp - ref_logp)).sum(-1)
         else:
-            flat = token_kl(self._hidden(layout), reference._hidden(layout), self._head(), reference._head())
+            hidden, ref_hidden = self._hidden(layout), reference._hidden(layout)
+            flat = token_kl(hidden, ref_hidden, self._head(), reference._head())
         out = torch.zeros(samples.mask.shape, dtype=flat.dtype)
         return out.masked_scatter(samples.mask, flat.cpu())
 
@@ -186,10 +188,16 @@ class Transformer:
 
     def frozen_copy(self) -> "Transformer":
         """See `Policy.frozen_copy`."""
-        return self.with_model(copy.deepcopy(self.model))
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return twin
 
     def with_model(self, model: Any) -> "Transformer":
-        """The same settings around another model (a reference of the same kind), without gradients."""
-        twin = copy.copy(self)
-        twin.model = model.eval().requires_grad_(False)
-        return twin
+        """The same settings around another model, without gradients."""
+        return Transformer(
+            model.requires_grad_(False),
+            end_ids=self.end_ids,
+            decoding=self.decoding,
+            autocast=self.autocast,
+            share_prefix=None if self.share_prefix else False,
+        )

@@ -5,12 +5,13 @@ A token is drawn by inverting the cumulative distribution at a uniform number th
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from preftune.huggingface import accepted
 from preftune.numerics import sample_index
 from preftune.sampling.decoding import Decoding, Uniform
 
@@ -21,7 +22,7 @@ _LEAVE_SHARE = 0.125
 
 
 def probabilities(logits: Float[Tensor, "B V"], decoding: Decoding) -> Float[Tensor, "B V"]:
-    """The distribution that is sampled: temperature, then top-k, then top-p. Temperature 0 is greedy."""
+    """The distribution that is sampled: temperature (0 is greedy), then top-k, then top-p."""
     if decoding.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
     logits = logits / decoding.temperature
@@ -36,6 +37,16 @@ def probabilities(logits: Float[Tensor, "B V"], decoding: Decoding) -> Float[Ten
     return probs
 
 
+class Drawn(NamedTuple):
+    """Responses, padded on the right."""
+
+    tokens: Int[Tensor, "n K T"]
+    mask: Bool[Tensor, "n K T"]
+    finished: Bool[Tensor, "n K"]
+    logp: Float[Tensor, "n K T"]
+    """Under the unmodified distribution, in float32 at least; 0 where masked."""
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -45,17 +56,13 @@ def generate(
     uniform: Uniform,
     decoding: Decoding,
     end_ids: Sequence[int],
-) -> tuple[Int[Tensor, "n K T"], Bool[Tensor, "n K T"], Bool[Tensor, "n K"], Float[Tensor, "n K T"]]:
-    """Draw responses.
-
-    Returns:
-        tokens, mask, finished, and log-probs of the tokens under the unmodified distribution.
-    """
+) -> Drawn:
+    """Draw responses to prompts that are padded on the left."""
     n = len(prompt)
     per_chunk = max(1, MAX_ROWS // num_responses)
     longest = decoding.max_new_tokens
     tokens = torch.zeros(n, num_responses, longest, dtype=torch.long)
-    logp = torch.zeros(n, num_responses, longest)
+    logp = torch.zeros(n, num_responses, longest, dtype=_wide(model.dtype))
     length = torch.zeros(n, num_responses, dtype=torch.long)
     finished = torch.zeros(n, num_responses, dtype=torch.bool)
     for start in range(0, n, per_chunk):
@@ -71,7 +78,18 @@ def generate(
         length[rows], finished[rows] = draw[2].view(shape), draw[3].view(shape)
     width = max(1, int(length.max()))
     mask = torch.arange(width) < length.unsqueeze(-1)
-    return tokens[..., :width], mask, finished, torch.where(mask, logp[..., :width], 0.0)
+    return Drawn(tokens[..., :width], mask, finished, torch.where(mask, logp[..., :width], 0.0))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _step(model: Any, device: torch.device, cache: Any = None, **inputs: Tensor) -> Any:
+    """A forward pass of which the logits at the last position are wanted."""
+    moved = {name: value.to(device) for name, value in inputs.items()}
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    return model(**accepted(model, moved | options))
 
 
 def _chunk(
@@ -82,15 +100,12 @@ def _chunk(
     device = next(model.parameters()).device
     total, longest = len(prompt) * num_responses, decoding.max_new_tokens
     tokens = torch.zeros(total, longest, dtype=torch.long)
-    logp = torch.zeros(total, longest)
+    logp = torch.zeros(total, longest, dtype=_wide(model.dtype))
     length = torch.full((total,), longest)
     finished = torch.zeros(total, dtype=torch.bool)
 
     position = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(
-        input_ids=prompt.to(device), attention_mask=prompt_mask.to(device),
-        position_ids=position.to(device), use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
+    out = _step(model, device, input_ids=prompt, attention_mask=prompt_mask, position_ids=position)
     cache = out.past_key_values
     cache.batch_repeat_interleave(num_responses)
     logits = out.logits[:, -1].repeat_interleave(num_responses, 0)
@@ -100,7 +115,7 @@ def _chunk(
     running = torch.ones(total, dtype=torch.bool)  # of those, the ones that have not ended
 
     for t in range(longest):
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
+        wide = logits.to(_wide(logits.dtype)).cpu()
         choice = sample_index(probabilities(wide, decoding), uniform(t)[active])
         chosen_logp = wide.log_softmax(-1).gather(-1, choice[:, None]).squeeze(-1)
         rows = active[running]
@@ -117,9 +132,9 @@ def _chunk(
             active, choice, seen, position = active[stay], choice[stay], seen[stay], position[stay]
             running = running[stay]
         seen = torch.cat([seen, torch.ones(len(seen), 1, dtype=torch.bool)], -1)
-        out = model(
-            input_ids=choice[:, None].to(device), attention_mask=seen.to(device),
-            position_ids=position[:, None].to(device), past_key_values=cache, use_cache=True,
+        out = _step(
+            model, device, cache, input_ids=choice[:, None], attention_mask=seen,
+            position_ids=position[:, None],
         )  # fmt: skip
         logits, position = out.logits[:, -1], position + 1
     return tokens, logp, length, finished
