@@ -4,13 +4,14 @@
 
 For each training instruction of prompts.jsonl it samples 8 answers from SmolLM2-135M-Instruct
 (temperature 1, top-p 1, at most 48 new tokens, float32, seeded), keeps those that ended by
-themselves, scores them with the saturating reward `length:within=20`, that is
--max(0, tokens - 20) with the end token not counted, and pairs the best with the worst and,
-where there are enough distinct rewards, the second best with the second worst.
+themselves, leaves out what should not be shipped (UNFIT), scores the rest with the saturating
+reward `length:within=20`, that is -max(0, tokens - 20) with the end token not counted, and pairs
+the best with the worst and, where there are enough distinct rewards, the second best with the
+second worst.
 
 Raw samples are cached in runs/default-data/, one file a batch, so that a rerun resumes there.
 `--limit 40` samples 40 instructions spread over the kinds and prints the counts without
-writing the data files. Two CPU cores need about a quarter of an hour for everything.
+writing the data files. Two idle CPU cores need about a quarter of an hour for everything.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -40,10 +42,23 @@ WITHIN = 20
 MIN_GAP = 4
 SEED = 20250
 
+# Answers that are not shipped, whatever their length: links, handles and hashtags, coarse, sexual
+# and violent words, talk of groups of people, and what reading the pairs showed to be about a real
+# person or dangerous to follow. The list was written for these samples and is no general filter.
+UNFIT = re.compile(
+    r"https?:|www\.|\.com\b|@\w|#\w"
+    r"|\b(?:sex\w*|teenlove|porn\w*|nude|naked|penis|vagina\w*|breasts?|ass|fuck\w*|shit\w*|bitch\w*"
+    r"|damn|kill\w*|murder\w*|suicid\w*|corpses?|bodies|severed|drugs?|cocaine|terroris\w*|bombs?"
+    r"|nazis?|jewish|jews?|muslims?|mosque|christians?|immigrants?|\w*ethnic\w*|islam\w*|nigeration"
+    r"|amanda knox|robert blake|john maher|oliver cromwell|uganda|dried puppies|venomous"
+    r"|balls out|bollocks|dirty touch|human suffering|lick the spot|indigenous)\b",
+    re.IGNORECASE,
+)
+
 
 def reward(tokens: int) -> float:
     """The saturating reward `length:within=20`: 0 up to 20 tokens, then minus one a token."""
-    return -float(max(0, tokens - WITHIN))
+    return float(min(0, WITHIN - tokens))
 
 
 def conversation(instruction: str) -> list[dict[str, str]]:
@@ -142,6 +157,8 @@ def kept_answers(
             tally["empty"] += 1
         elif any(i in tokenizer.all_special_ids for i in body) or "\ufffd" in text:
             tally["special token or broken character"] += 1
+        elif UNFIT.search(text):
+            tally["unfit to ship"] += 1
         elif text.strip() in seen:
             tally["repeat"] += 1
         else:

@@ -1,6 +1,7 @@
-"""A model and preferences small enough for every test: `tiny_model`, `pairs_file`."""
+"""A model and preferences small enough for every test, and the command line in process."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def save_tiny_model(folder: Path, seed: int = 0, **changes: int) -> str:
 
 
 @pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[..., str]:
+    """`save_tiny_model`, for models of a test's own."""
+    return save_tiny_model
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny model with a chat template, BOS, and pad = end token."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
@@ -71,3 +78,44 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test works in a folder of its own, with one thread."""
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must be refused; gives its message."""
+    from preftune import cli
+
+    def check(*args: str, leaves: tuple[str, ...] = ()) -> str:
+        before = set(here.iterdir())
+        capsys.readouterr()
+        code = cli.run(list(args))
+        out, err = capsys.readouterr()
+        assert code == 2, err
+        assert out == "" and "Traceback" not in err
+        assert sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
+        new = {p.name for p in set(here.iterdir()) - before} - {"__pycache__"}
+        assert new == set(leaves)
+        return err[err.index("error: ") :]
+
+    return check
+
+
+@pytest.fixture
+def train(here: Path, tiny_model: str, pairs_file: str) -> Callable[..., list[str]]:
+    """Arguments of a short run, each of which may be replaced."""
+
+    def arguments(*more: str, method: str = "dpo", **changes: str) -> list[str]:
+        given = {"model": tiny_model, "data": pairs_file, "method": method, "output": "out"}
+        given |= {"max_steps": "1", "batch_size": "2", "max_new_tokens": "4"} | changes
+        flags = [part for k, v in given.items() for part in (f"--{k.replace('_', '-')}", v)]
+        return ["train", *flags, *more]
+
+    return arguments

@@ -1,6 +1,6 @@
 """The command line: reads flags, calls a function, prints what it returns."""
 
-import json
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -48,13 +48,26 @@ def run(args: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            return _fault()
+        where = f"'{error.filename}': " if error.filename else ""
+        print(f"error: {where}{error.strerror}. Give another place.", file=sys.stderr)
+        return 2
     except Exception:
-        traceback.print_exc()
-        print(
-            "This is a fault in preftune, not in what you gave: please report it with `preftune env`.",
-            file=sys.stderr,
-        )
-        return 1
+        return _fault()
+
+
+_OF_THE_MACHINE = {
+    getattr(errno, n) for n in ("EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENOSPC", "EROFS", "EDQUOT")
+}
+"""No permission, no such kind of place, no room."""
+
+
+def _fault() -> int:
+    traceback.print_exc()
+    print("This is a fault in preftune: please report it with `preftune env`.", file=sys.stderr)
+    return 1
 
 
 def _dispatch(args: list[str]) -> int:
@@ -63,7 +76,7 @@ def _dispatch(args: list[str]) -> int:
         "sample": _sample, "inspect": _inspect, "report": _report, "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        print(HELP, end="", file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
     if args[0] in ("--version", "-V"):
         from preftune import __version__
@@ -86,83 +99,42 @@ def _print(value: Any) -> None:
     print(dumps(value))
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(title=escape(title) or None)
-    for name in columns:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
-
-
 def _quickstart(args: list[str]) -> int:
-    from preftune import flags, quickstart
+    from preftune import flags, inspecting, quickstart
     from preftune.progress import stderr
 
     _, own = flags.parse(
-        "quickstart", "Train three methods on the embedded model and data, and compare them.", (), args,
-        [("output", str, "runs/quickstart", "folder; what an earlier quickstart left there is replaced"), _JSON],
-    )  # fmt: skip
+        "quickstart",
+        "Train three methods on the embedded model and data, and compare them.",
+        (),
+        args,
+        [("output", str, "runs/quickstart", "folder; an earlier quickstart's is replaced"), _JSON],
+    )
     rows = quickstart.run(Path(own["output"]), stderr())
     if own["json"]:
         _print(rows)
     else:
-        columns, cells = quickstart.cells(rows)
-        _table(
-            "Held-out prompts, 95 % intervals over prompts; this run only (one training seed)",
-            columns,
-            cells,
-        )
+        title = "Held-out prompts, 95 % intervals over prompts; this run only (one training seed)"
+        inspecting.table(title, *quickstart.cells(rows))
         print(quickstart.NOTE)
         print(f"report: {Path(own['output']) / 'report.html'}")
     return 0
 
 
 def _methods(args: list[str]) -> int:
-    from preftune import commands, flags
+    from preftune import commands, flags, inspecting
 
     name = args.pop(0) if args and not args[0].startswith("-") else None
     _, own = flags.parse(
         "methods", "The table of methods, or one row: preftune methods hypo.", (), args, [_JSON]
     )
-    if name is not None:
-        row = commands.method_row(name)
-        if own["json"]:
-            _print(row)
-        else:
-            for key, value in row.items():
-                print(
-                    f"{key:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value}"
-                )
-        return 0
-    table = commands.method_table()
+    found = commands.method_table() if name is None else commands.method_row(name)
     if own["json"]:
-        _print(table)
-        return 0
-    axes = ("on_policy", "sample_reuse", "negative_gradient", "mode_seeking")
-    cells = [
-        [m["name"], *("yes" if m[a] else "KL only" if a == "on_policy" and m["on_policy_unlabelled"] else "no" for a in axes),
-         m["equation"], m["paper"]]
-        for m in table
-    ]  # fmt: skip
-    _table(
-        "",
-        [
-            "method",
-            "on-policy",
-            "sample reuse",
-            "negative gradient",
-            "mode-seeking",
-            "loss",
-            "source",
-        ],
-        cells,
-    )
+        _print(found)
+    elif isinstance(found, list):
+        inspecting.methods(found)
+    else:
+        inspecting.method(found)
     return 0
 
 
@@ -190,24 +162,32 @@ def _settings(
         elif path in configs.Config.model_fields:
             values[path] = value
         else:
-            raise UserError(
-                f"--set {path}: there is no '{path}'.{nearest(path, configs.Config.model_fields)}"
-            )
+            known = [*configs.Config.model_fields, "terms.0.weight"]
+            raise UserError(f"--set {path}: there is no '{path}'.{configs.suggest(path, known)}")
     return values, overrides
 
 
 def _train(args: list[str]) -> int:
     import tyro
 
+    from preftune import config as configs
     from preftune import flags
     from preftune.progress import Progress, stderr, working
 
+    many = tyro.conf.UseAppendAction[tuple[str, ...]]
     given, own = flags.parse(
-        "train", "Tune a model on preferences with a row of the table (preftune methods).", flags.TRAIN, args,
-        [("config", str | None, None, "YAML file of settings; flags win"),
-         ("set", tyro.conf.UseAppendAction[tuple[str, ...]], (), "PATH=VALUE, e.g. terms.1.weight=0.3"), _JSON],
-    )  # fmt: skip
+        "train",
+        "Tune a model on preferences with a row of the table (preftune methods).",
+        flags.TRAIN,
+        args,
+        [
+            ("config", str | None, None, "YAML file of settings; flags win"),
+            ("set", many, (), "PATH=VALUE, e.g. terms.1.weight=0.3; may be repeated"),
+            _JSON,
+        ],
+    )
     values, overrides = _settings(given, own["config"], own["set"])
+    configs.load(values)  # before torch is loaded, which takes seconds
     console = stderr()
     with working(console, "loading"):
         from preftune.training import resumed, train
@@ -221,7 +201,7 @@ def _train(args: list[str]) -> int:
 
 
 def _evaluate(args: list[str]) -> int:
-    from preftune import commands, config, flags
+    from preftune import commands, config, flags, inspecting
     from preftune.progress import Progress, stderr
 
     given, own = flags.parse(
@@ -231,13 +211,9 @@ def _evaluate(args: list[str]) -> int:
         args,
         [_JSON],
     )
-    console = stderr()
+    settings, console = config.load(given), stderr()
     with Progress(console) as bar:
-        bar.begin("evaluate", 0)
-        found, notes = commands.evaluate(
-            config.load(given),
-            lambda done, total: bar.begin("prompts", total) if done == 0 else bar.advance(done),
-        )
+        found, notes = commands.evaluate(settings, bar.tick("prompts"))
     for note in notes:
         console.print(note, markup=False, highlight=False)
     if own["json"]:
@@ -247,20 +223,26 @@ def _evaluate(args: list[str]) -> int:
         [name, *("" if figure[k] is None else f"{figure[k]:.4g}" for k in ("value", "low", "high"))]
         for name, figure in found.items()
     ]
-    _table("95 % intervals over prompts", ["figure", "value", "low", "high"], cells)
+    inspecting.table("95 % intervals over prompts", ["figure", "value", "low", "high"], cells)
     return 0
 
 
 def _sample(args: list[str]) -> int:
     from preftune import commands, config, flags
+    from preftune.progress import Progress, stderr
 
     given, own = flags.parse(
-        "sample", "Responses with log-probs, one JSON object a line.", flags.SAMPLE, args,
+        "sample",
+        "Responses with log-probs, one JSON object a line.",
+        flags.SAMPLE,
+        args,
         [("versus", str | None, None, "another model, whose answers stand beside"), _JSON],
-    )  # fmt: skip
-    rows = commands.sample(config.load(given), own["versus"])
+    )
+    settings = config.load(given)
+    with Progress(stderr()) as bar:
+        rows = commands.sample(settings, own["versus"], bar.tick("prompts"))
     if own["json"]:
-        _print(list(rows))
+        _print(rows)
     else:
         for row in rows:
             _print(row)
@@ -272,11 +254,17 @@ def _inspect(args: list[str]) -> int:
     from preftune.progress import stderr, working
 
     given, own = flags.parse(
-        "inspect", "What the model would see: tokens, loss mask, end token, truncation.", flags.INSPECT, args,
+        "inspect",
+        "What the model would see: tokens, loss mask, end token, truncation.",
+        flags.INSPECT,
+        args,
         [("rows", int, 3, "rows shown token by token"), _JSON],
-    )  # fmt: skip
+    )
+    if own["rows"] < 0:
+        raise UserError(f"flag '--rows': is {own['rows']}. Give 0 or more.")
+    settings = config.load(given)
     with working(stderr(), "reading"):
-        facts = commands.inspect(config.load(given), own["rows"])
+        facts = commands.inspect(settings, own["rows"])
     if own["json"]:
         _print(facts)
         return 0
@@ -287,26 +275,28 @@ def _inspect(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
+    import tyro
+
     from preftune import flags
     from preftune.report import write_report
 
-    folders = []
-    while args and not args[0].startswith("-"):
-        folders.append(args.pop(0))
     _, own = flags.parse(
-        "report", "One self-contained page: preftune report DIR... [--output FILE].", (), args,
-        [("output", str | None, None, "default: report.html in the first folder")],
-    )  # fmt: skip
+        "report",
+        "One self-contained page of run folders.",
+        (),
+        args,
+        [
+            ("folders", tyro.conf.Positional[tuple[str, ...]], (), "run folders"),
+            ("output", str | None, None, "the page; default: report.html in the first folder"),
+        ],
+    )
+    folders = [Path(f) for f in own["folders"]]
     if not folders:
         raise UserError("report: give at least one run folder.")
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not folder.is_dir():
             raise UserError(f"report: no such folder '{folder}'.")
-    print(
-        write_report(
-            [Path(f) for f in folders], Path(own["output"] or Path(folders[0]) / "report.html")
-        )
-    )
+    print(write_report(folders, Path(own["output"] or folders[0] / "report.html")))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,12 @@ def evaluate(config: Config, tick: Tick = lambda done, total: None) -> tuple[Fig
         reward = rewards.Length("mode", loading.measured_mode(reference or policy, rows))
     judges = {r.name: loading.judge_of(r, rows, renderer) for r in (reward, gold) if r is not None}
     per_prompt = config.samples_per_prompt or 1
+    budget = config.micro_batch_tokens or loading.CPU_MICRO_BATCH_TOKENS
 
     def answers(of: Transformer) -> Answers:
         return answer(
             of, reference, rows, judges, samples_per_prompt=per_prompt, seed=config.seed,
-            micro_batch_tokens=config.micro_batch_tokens or loading.CPU_MICRO_BATCH_TOKENS, progress=tick,
+            micro_batch_tokens=budget, progress=tick,
         )  # fmt: skip
 
     mine = answers(policy)
@@ -130,7 +131,7 @@ def evaluate(config: Config, tick: Tick = lambda done, total: None) -> tuple[Fig
 
 def sample(
     config: Config, versus: str | None, tick: Tick = lambda done, total: None
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Responses with log-probs, one dict each; with `versus`, another model's beside them."""
     policy, tokenizer = _model(config, config.model)
     rows, renderer = _prompts(config, policy, tokenizer)
@@ -139,8 +140,9 @@ def sample(
         other, other_tokenizer = _model(config, versus)
         other_rows, other_renderer = _prompts(config, other, other_tokenizer)
         sides.append(_drawn(config, other, other_rows, other_renderer, tick))
-    for i, found in enumerate(sides[0]):
-        yield {**found, "versus": sides[1][i]} if len(sides) > 1 else found
+    if versus is None:
+        return sides[0]
+    return [{**mine, "versus": other} for mine, other in zip(*sides, strict=True)]
 
 
 def _drawn(
@@ -211,8 +213,8 @@ def inspect(
 def environment() -> dict[str, Any]:
     """Versions and devices, for a bug report."""
     names = (
-        "preftune", "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors",
-        "pydantic", "tyro", "rich", "plotly", "numpy", "trl", "vllm",
+        "preftune", "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft",
+        "safetensors", "pydantic", "tyro", "rich", "plotly", "numpy", "trl", "vllm",
     )  # fmt: skip
     versions = {}
     for name in names:

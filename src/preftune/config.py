@@ -95,7 +95,9 @@ class Config(Strict):
         None, ge=0, lt=0.5, description="share of labels taken to be wrong"
     )
     kl: float | None = Field(None, ge=0, description="KL in the reward")
-    baseline: str | None = Field(None, description="what is taken off before the gradient")
+    baseline: Literal["leave_one_out", "none"] | None = Field(
+        None, description="what is taken off before the gradient"
+    )
     prompts_per_round: int | None = Field(None, ge=1, description="default: one update's worth")
     samples_per_prompt: int | None = Field(None, ge=1, description="responses drawn to a prompt")
     passes: int | None = Field(

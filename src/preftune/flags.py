@@ -104,10 +104,9 @@ def _kind(name: str, annotation: Any) -> tuple[Any, str]:
         return tuple[str, ...] | None, f"{plain} ..."
     if annotation is bool:
         return bool, ""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    plain = (
-        next(a for a in typing.get_args(annotation) if a is not type(None)) if union else annotation
-    )
+    plain = annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        plain = next(a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(plain) is typing.Literal:
         return str | None, "{" + ",".join(typing.get_args(plain)) + "}"
     return str | None, plain.__name__.upper()

@@ -1,24 +1,102 @@
-"""Shows `preftune inspect`'s facts to a person."""
+"""Shows what the commands found to a person."""
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+AXES = ("on_policy", "sample_reuse", "negative_gradient", "mode_seeking")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    shown = Table(title=escape(title) or None)
+    for name in columns:
+        shown.add_column(name)
+    for row in rows:
+        shown.add_row(*(escape(cell) for cell in row))
+    console.print(shown)
+
+
+def methods(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of methods with its axes."""
+
+    def axis(row: Mapping[str, Any], name: str) -> str:
+        if row[name]:
+            return "yes"
+        return "KL only" if name == "on_policy" and row["on_policy_unlabelled"] else "no"
+
+    heads = [name.replace("_", " ") for name in AXES]
+    cells = [
+        [row["name"], *(axis(row, a) for a in AXES), row["equation"], row["paper"]] for row in rows
+    ]
+    table("", ["method", *heads, "loss", "source"], cells)
+
+
+def method(row: Mapping[str, Any]) -> None:
+    """Print one row of the table in full, one term a line, its paths as --set takes them."""
+    for key, value in row.items():
+        if key == "terms":
+            for i, term in enumerate(value):
+                print(f"{f'terms.{i}':20} {term}")
+        elif key == "defaults":
+            for name, default in value.items():
+                print(f"{name:20} {default}")
+        elif key != "settings":
+            print(f"{key:20} {value}")
+    print("settings as YAML, for a row of your own or for --set:")
+    for i, term in enumerate(row["settings"]):
+        for name, value in term.items():
+            print(f"  {f'terms.{i}.{name}':18} {json.dumps(value, ensure_ascii=False)}")
 
 
 def show(facts: Mapping[str, Any]) -> None:
-    """Print rows token by token (prompt dim, trained tokens bold, the end token reversed), then counts."""
+    """Print rows token by token, then counts.
+
+    The prompt is dim, trained tokens are bold, the end token is reversed.
+    """
     from rich.console import Console
     from rich.text import Text
 
     console = Console()
     for row in facts["rows"]:
         console.rule(row["where"], align="left")
-        for response in row["responses"]:
+        for response in row["responses"] or [{"name": "prompt", "tokens": []}]:
             text = Text(f"{response['name']}: ", style="cyan")
             for token in (*row["prompt"], *response["tokens"]):
                 style = "reverse" if token["part"] == "end" else "bold" if token["loss"] else "dim"
                 text.append(token["text"], style=style)
             console.print(text)
     console.rule("dim: prompt, bold: trained, reversed: end token", align="left")
-    for name, value in facts.items():
-        if name != "rows":
-            console.print(f"{name}: {value}", markup=False, highlight=False)
+    for line in _counts(facts):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _counts(facts: Mapping[str, Any]) -> list[str]:
+    end, bos, cut = facts["end"], facts["bos"], facts["truncation"]
+    leading = ", ".join(f"{n} rows with {k}" for k, n in bos["rows_by_leading_bos"].items())
+    lines = [
+        f"rows:        {facts['count']} {facts['kind']}, {facts['refused']} refused, "
+        f"{cut['dropped']} dropped as too long, {cut['cut']} cut (limit {cut['limit']} tokens, "
+        f"longest {cut['longest']})",
+        f"template:    {facts['template']}; columns kept: {', '.join(facts['columns']) or 'none'}",
+        f"BOS:         id {bos['id']}: {leading}",
+        f"end token:   ids {', '.join(map(str, end['ids']))}: in the loss mask of "
+        f"{end['in_loss_mask']} of {end['finished']} finished responses (of {end['responses']})",
+    ]
+    for name, spread in facts["lengths"].items():
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in spread.items())
+        lines.append(f"{f'{name}:':12} tokens: {figures}")
+    rules = dict(facts["rules"])
+    known = facts.get("higher_reference_logp")
+    if known is not None:
+        rules[f"higher reference log-prob (first {known['rows']} rows)"] = known["share"]
+    if rules:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in rules.items())
+        lines.append(f"preferred:   {shares} (50% is chance)")
+    return lines

@@ -11,13 +11,20 @@ from torch import Tensor
 from preftune import huggingface, methods, rewards, spec
 from preftune.config import Config, set_path
 from preftune.data import (
-    Example, Rejected, Renderer, Report, Rows, build_rows, check_bad_rows, load_examples,
+    Example,
+    Rejected,
+    Renderer,
+    Report,
+    Rows,
+    build_rows,
+    check_bad_rows,
+    load_examples,
 )  # fmt: skip
 from preftune.errors import UserError
 from preftune.methods import Method
-from preftune.sampling.decoding import Decoding
 from preftune.policies.transformer import Transformer
 from preftune.samples import Samples
+from preftune.sampling.decoding import Decoding
 
 SMALL_MODEL = 5_000_000
 """Parameters below which bfloat16 gains nothing on a CPU."""
@@ -38,9 +45,11 @@ def method_of(config: Config, overrides: Mapping[str, Any] | None = None) -> Met
         name = str(config.method.get("name", "custom"))
         row = spec.from_data(name, config.method.get("terms"))
     else:
-        row = methods.get(config.method)
-        if config.terms is not None:
-            row = spec.from_data(row.name, config.terms, row)
+        named = methods.table().get(config.method)
+        if config.terms is None:
+            row = methods.get(config.method)
+        else:  # a run's own config.yaml: of a row of the table, or of the user's
+            row = spec.from_data(config.method, config.terms, named)
     given = {n: v for n in methods.SETTINGS if (v := getattr(config, n, None)) is not None}
     row = methods.resolve(methods.configure(row, given))
     if overrides:
@@ -49,6 +58,8 @@ def method_of(config: Config, overrides: Mapping[str, Any] | None = None) -> Met
             _set_term(data, path, value)
         row = spec.from_data(row.name, data["terms"], row)
     methods.check(row, decoding_of(config), config.batch_size)
+    for i, term in enumerate(row.terms):
+        spec.check_term(f"terms.{i}", term)
     return row
 
 
@@ -93,7 +104,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _faster_in_bfloat16(device: torch.device) -> bool:
-    """Time one product in both types: on a CPU without bfloat16 units it is several times slower."""
+    """Time one product in both types: a CPU without bfloat16 units is several times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu":
@@ -104,7 +115,7 @@ def _faster_in_bfloat16(device: torch.device) -> bool:
         best = float("inf")
         for _ in range(5):
             began = time.perf_counter()
-            a @ b
+            torch.matmul(a, b)
             best = min(best, time.perf_counter() - began)
         timings[dtype] = best
     return timings[torch.float32] > 1.5 * timings[torch.bfloat16]
@@ -124,9 +135,8 @@ def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
 def make_policy(config: Config, model: Any | None, tokenizer: Any | None) -> Transformer:
     """The policy, its weights in float32 (or float64)."""
     weights = torch.float64 if config.dtype == "float64" else torch.float32
-    if model is None:
-        model = huggingface.load_model(config.model, weights)
-    model = model.to(device=pick_device(config.device), dtype=weights)
+    loaded: Any = huggingface.load_model(config.model, weights) if model is None else model
+    model = loaded.to(device=pick_device(config.device), dtype=weights)
     ends = huggingface.end_ids(model, tokenizer)
     if not ends:
         raise UserError(
@@ -167,6 +177,29 @@ def load_rows(
     reserve: int = 0,
 ) -> tuple[Rows, Report, list[Rejected]]:
     """A data source as token ids; refused rows are returned, too many of them are an error."""
+    called = _called(source, config)
+    try:
+        return _load_rows(source, config, renderer, want, context, reserve)
+    except UserError as error:
+        raise UserError(_placed(str(error), source, called)) from error
+
+
+def _called(source: Any, config: Config) -> str:
+    """The setting that the source was given by."""
+    names = ("data", "prompts", "eval_data")
+    return next((n for n in names if source is not None and getattr(config, n) == source), "data")
+
+
+def _placed(message: str, source: Any, called: str) -> str:
+    """The message with the name of the file and of the setting."""
+    if message.startswith("data: "):
+        return f"{called} '{_named(source)}': {message.removeprefix('data: ')}"
+    return called + message.removeprefix("data") if message.startswith("data ") else message
+
+
+def _load_rows(
+    source: Any, config: Config, renderer: Renderer, want: str, context: int | None, reserve: int
+) -> tuple[Rows, Report, list[Rejected]]:
     loaded = load_examples(source, want=want, max_rows=config.max_rows)
     limits = [n for n in (config.max_length or DEFAULT_MAX_LENGTH, context) if n is not None]
     limit = config.max_length or min(limits)
@@ -175,9 +208,9 @@ def load_rows(
             loaded.examples, renderer, max_length=limit, truncation=config.truncation,
             context=context, reserve=reserve,
         )  # fmt: skip
-    except UserError as error:
+    except UserError:
         check_bad_rows(loaded, config.bad_rows)
-        raise UserError(f"data '{_named(source)}': {error}") from error
+        raise
     check_bad_rows(loaded, config.bad_rows, later=report.rejected)
     return rows, report, [*loaded.rejected, *report.rejected]
 
@@ -225,7 +258,11 @@ def make_reward(
 
 
 def _classifier(name: str) -> rewards.Reward:
-    model, tokenizer = huggingface.load_classifier(name, torch.float32)
+    try:
+        model, tokenizer = huggingface.load_classifier(name, torch.float32)
+    except UserError as error:
+        message = str(error).removeprefix("model ").removeprefix("reward ")
+        raise UserError(f"reward {message}") from error
     renderer = Renderer(tokenizer, end_ids=huggingface.end_ids(model, tokenizer))
 
     def encode(prompt: Any, completion: str) -> list[int]:
@@ -260,6 +297,27 @@ def judge_of(reward: rewards.Reward, rows: Rows, renderer: Renderer) -> Callable
         return torch.tensor(values, dtype=torch.float64).view(samples.finished.shape)
 
     return judge
+
+
+def try_reward(reward: rewards.Reward | None, rows: Rows | None, renderer: Renderer) -> None:
+    """Judge two short answers, so that a reward that fails does so before anything is written.
+
+    Raises:
+        UserError: it raised, or did not return one finite number a response.
+    """
+    if reward is None or rows is None or isinstance(reward, rewards.Length):
+        return
+    few = range(min(2, len(rows)))
+    answers = [renderer.tokenizer("Yes.", add_special_tokens=False)["input_ids"] for _ in few]
+    rewards.judge(
+        reward,
+        rewards.Judged(
+            prompts=[rows.texts[i] for i in few],
+            completions=["Yes."] * len(few),
+            tokens=[len(ids) for ids in answers],
+            columns={k: [v[i] for i in few] for k, v in rows.columns.items()},
+        ),
+    )
 
 
 def measured_mode(reference: Transformer, prompts: Rows) -> int:

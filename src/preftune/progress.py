@@ -1,6 +1,6 @@
 """Progress on the terminal, always on stderr: stdout is for results."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,21 +23,26 @@ def stderr() -> Any:
 
 
 class Progress:
-    """A bar with stage, step, loss, reward, KL and time left; plain lines where there is no terminal."""
+    """A bar with stage, step, loss, reward, KL and time left; plain lines without a terminal."""
 
     def __init__(self, console: Any, stage: str = "") -> None:
-        from rich.progress import (
-            BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeElapsedColumn, TimeRemainingColumn,
-        )  # fmt: skip
+        from rich import progress as bars
 
         self.console, self.stage = console, stage
         self._seen: dict[str, float] = {}
-        self._bars = Bars(
-            TextColumn("[bold]{task.description:<12}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=console, transient=False,
-        )  # fmt: skip
+        self._bars = bars.Progress(
+            bars.TextColumn("[bold]{task.description:<12}"),
+            bars.BarColumn(bar_width=24),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[figures]}"),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task: Any = None
+        self._stage = ""
 
     def __enter__(self) -> "Progress":
         self._bars.start()
@@ -48,8 +53,20 @@ class Progress:
 
     def begin(self, stage: str, total: int) -> None:
         """A new stage of `total` steps."""
-        self._seen = {}
+        self._seen, self._stage = {}, stage
         self._task = self._bars.add_task(stage, total=total, figures="")
+
+    def tick(self, stage: str) -> Callable[[int, int], None]:
+        """A function (done, total) that shows a stage."""
+
+        def tick(done: int, total: int) -> None:
+            if self._stage != stage:
+                self.begin(stage, total)
+            self.advance(done)
+            if not self.console.is_terminal:
+                self.console.print(f"{stage} {done}/{total}", markup=False, highlight=False)
+
+        return tick
 
     def advance(self, done: int, figures: str = "") -> None:
         """The stage has come to `done`."""
@@ -69,7 +86,7 @@ class Progress:
             self.advance(event.step, line)
             if not self.console.is_terminal:
                 self.console.print(
-                    f"{self.stage} step {event.step}/{event.total}  {line}",
+                    f"{self.stage} step {event.step}/{event.total}  {line}".strip(),
                     markup=False,
                     highlight=False,
                 )

@@ -8,11 +8,13 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -41,8 +43,15 @@ class Judged:
 class Reward(Protocol):
     """Judges responses."""
 
-    name: str
-    label_source: str
+    @property
+    def name(self) -> str:
+        """As it is written in a config."""
+        ...
+
+    @property
+    def label_source(self) -> str:
+        """Who judged."""
+        ...
 
     def __call__(self, judged: Judged) -> Sequence[float]: ...
 
@@ -79,8 +88,8 @@ class Function:
     function: Callable[..., Any]
     label_source = "true"
 
-    def __call__(self, judged: Judged) -> list[float]:
-        """Call it with the columns that it takes.
+    def __call__(self, judged: Judged) -> Any:
+        """Call it with those of prompts, completions and the data's columns that it takes.
 
         Conversational prompts come with conversational completions, as in TRL.
         """
@@ -88,17 +97,36 @@ class Function:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(judged.prompts, judged.completions, strict=True)
         ]
-        parameters = inspect.signature(self.function).parameters.values()
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in parameters}
-        columns = {k: v for k, v in judged.columns.items() if open_ended or k in names}
-        try:
-            return self.function(prompts=judged.prompts, completions=completions, **columns)
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
+        given = {**judged.columns, "prompts": judged.prompts, "completions": completions}
+        parameters = inspect.signature(self.function).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        missing = [n for n, p in parameters.items() if _required(p) and n not in given]
+        if missing:
             raise UserError(
-                f"reward '{self.name}' raised {type(error).__name__}: {error} ({last.filename}, line {last.lineno})."
-            ) from error
+                f"reward '{self.name}' takes the column '{missing[0]}', which the data do not have "
+                f"({', '.join(judged.columns) or 'no further columns'})."
+                f"{nearest(missing[0], given)}"
+            )
+        try:
+            return self.function(
+                **{n: v for n, v in given.items() if open_ended or n in parameters}
+            )
+        except (Exception, SystemExit) as error:  # sys.exit() there must not end the run as done
+            raise UserError(f"reward '{self.name}' raised {_raised(error)}.") from error
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    open_ended = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    return parameter.default is parameter.empty and not open_ended
+
+
+def _raised(error: BaseException) -> str:
+    """`KeyError: 'x' (file.py, line 4)`: where it was raised, or where the syntax breaks."""
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{kind}: {error.msg} ({error.filename}, line {error.lineno})"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{kind}: {error} ({last.filename}, line {last.lineno})"
 
 
 @dataclass(frozen=True)
@@ -171,24 +199,31 @@ def judge(reward: Reward, judged: Judged) -> list[float]:
         UserError: not one finite number a response.
     """
     given = reward(judged)
+    wanted = f"reward '{reward.name}' must return a list of numbers, one a response"
+    if isinstance(given, (str, bytes, Mapping)):
+        raise UserError(f"{wanted}, not {given!r:.80}.")
     try:
-        values = [float(x) for x in given]
-    except (TypeError, ValueError) as error:
+        found = list(given)
+    except TypeError as error:
+        raise UserError(f"{wanted}, not {given!r:.80}.") from error
+    if len(found) != len(judged.completions):
         raise UserError(
-            f"reward '{reward.name}' must return a list of numbers, not {given!r:.80}."
-        ) from error
-    if len(values) != len(judged.completions):
-        raise UserError(
-            f"reward '{reward.name}' returned {len(values)} numbers for {len(judged.completions)} responses; "
-            "return one a response, in order."
+            f"{wanted}, in order: {len(found)} for {len(judged.completions)} responses."
         )
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise UserError(
-                f"reward '{reward.name}' returned {value} for response {i} "
-                f"({judged.completions[i]!r:.60}); return a finite number."
-            )
-    return values
+    return [_number(reward, judged, i, x) for i, x in enumerate(found)]
+
+
+def _number(reward: Reward, judged: Judged, place: int, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(
+            f"reward '{reward.name}' returned {value!r:.40} for response {place} "
+            f"({judged.completions[place]!r:.60}). Return a finite number for each."
+        )
+    return number
 
 
 def make(spec: str, classifier: Callable[[str], Reward]) -> Reward:
@@ -205,20 +240,25 @@ def make(spec: str, classifier: Callable[[str], Reward]) -> Reward:
         return _length(spec)
     if ".py:" in spec:
         path, _, name = spec.rpartition(":")
-        return Function(spec, _from_file(spec, Path(path), name))
-    if ":" in spec and not Path(spec).exists():
-        module, _, name = spec.rpartition(":")
-        if (
-            module in ("length", "lenght", "len")
-            or not module.replace(".", "").replace("_", "").isalnum()
-        ):
-            raise UserError(f"reward '{spec}' is unknown.{nearest(spec, _examples())} {_KINDS}")
-        return Function(spec, _from_module(spec, module, name))
-    if "/" not in spec and not Path(spec).exists():
+        return _function(spec, _from_file(spec, Path(path)), name)
+    here = Path(spec).exists()
+    if spec.endswith(".py"):
+        path = Path(spec)
+        names = _functions(_from_file(spec, path))
+        raise UserError(
+            f"reward '{spec}': name the function too, as {spec}:{names[0] if names else 'NAME'}. "
+            f"The file has {', '.join(names) or 'none'}."
+        )
+    module, colon, name = spec.rpartition(":")
+    if colon and not here and module.replace(".", "").replace("_", "").isalnum():
+        if not nearest(module, ["length"]):
+            return _function(spec, _from_module(spec, module), name)
+    if not here and not _HUB_ID.fullmatch(spec):
         raise UserError(f"reward '{spec}' is unknown.{nearest(spec, _examples())} {_KINDS}")
     return classifier(spec)
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _KINDS = (
     "Give length:min, length:mode[=L], length:within=L, file.py:function, pkg.module:function, "
     "or the folder or Hub id of a reward model."
@@ -244,37 +284,53 @@ def _length(spec: str) -> Length:
     return Length(kind, int(target) if target else None)
 
 
-def _from_file(spec: str, path: Path, name: str) -> Callable[..., Any]:
+def _from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise UserError(f"reward '{spec}': no such file '{path}'.")
+        beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
+        hint = nearest(path.name, [p.name for p in beside])
+        raise UserError(f"reward '{spec}': no such file '{path}'.{hint}")
     module_spec = importlib.util.spec_from_file_location(f"preftune_reward_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"reward '{spec}': reading the file raised {type(error).__name__}: {error} "
-            f"({last.filename}, line {last.lineno})."
-        ) from error
-    return _function(spec, module, name)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward '{spec}': reading the file raised {_raised(error)}.") from error
+    return module
 
 
-def _from_module(spec: str, module: str, name: str) -> Callable[..., Any]:
+def _from_module(spec: str, module: str) -> ModuleType:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as for `python -m`
     try:
-        return _function(spec, importlib.import_module(module), name)
-    except ImportError as error:
-        raise UserError(
-            f"reward '{spec}': module '{module}' cannot be imported: {error}."
-        ) from error
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        found = f"{error}" if isinstance(error, ImportError) else _raised(error)
+        raise UserError(f"reward '{spec}': '{module}' cannot be imported: {found}.") from error
 
 
-def _function(spec: str, module: Any, name: str) -> Callable[..., Any]:
+def _functions(module: ModuleType) -> list[str]:
+    """Public functions of a module, its own before those that it imports."""
+    known = [(n, v) for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    return sorted(
+        (n for n, _ in known), key=lambda n: vars(module)[n].__module__ != module.__name__
+    )
+
+
+def _function(spec: str, module: ModuleType, name: str) -> Function:
     found = getattr(module, name, None)
     if not callable(found):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise UserError(f"reward '{spec}': has no function '{name}'.{nearest(name, known)}")
-    return found
+        known = _functions(module)
+        has = f" It has {', '.join(known[:5])}." if known else ""
+        raise UserError(f"reward '{spec}': has no function '{name}'.{nearest(name, known) or has}")
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):  # a builtin
+        parameters = ()
+    names = {p.name for p in parameters}
+    if "completions" not in names and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise UserError(
+            f"reward '{spec}': '{name}' must take (prompts, completions, **columns), "
+            f"not ({', '.join(names)})."
+        )
+    return Function(spec, found)

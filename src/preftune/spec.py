@@ -225,7 +225,7 @@ def _build(where: str, data: Any, known: Mapping[str, Callable[..., Any]]) -> An
         raise UserError(f"{where}: 'name' is missing. Known: {', '.join(known)}.")
     name = values.pop("name")
     kind = _find(where, name, known)
-    if not is_dataclass(kind):
+    if not isinstance(kind, type) or not is_dataclass(kind):
         raise UserError(f"{where}: '{name}' is no dataclass that could serve here.")
     kinds = _kinds(kind)
     for key in values:

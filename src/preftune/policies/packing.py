@@ -21,7 +21,8 @@ class Layout:
     input_ids: Int[Tensor, "B L"]
     position_ids: Int[Tensor, "B L"]
     attention_mask: Bool[Tensor, "..."]
-    """[B, 1, L, L] if shared, else [B, L]."""
+    """[B, 1, L, L] if shared; else [B, L], all True: padding stands behind what is read, so a
+    causal model sees none of it, and attention needs no mask."""
     predict: Int[Tensor, " M"]
     """Flat position (in B x L) of the hidden state that predicts each response token, in the order
     of the response mask."""
@@ -69,7 +70,9 @@ def pack(
     return Layout(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=_block_mask(segment) if shared and num_responses > 1 else segment != PAD,
+        attention_mask=_block_mask(segment)
+        if shared and num_responses > 1
+        else torch.ones_like(segment, dtype=torch.bool),
         predict=row * length + predict,
     )
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from preftune.errors import GuardStop
 from preftune.huggingface import accepted
 from preftune.numerics import sample_index
 from preftune.sampling.decoding import Decoding, Uniform
@@ -118,6 +119,10 @@ def _chunk(
         wide = logits.to(_wide(logits.dtype)).cpu()
         choice = sample_index(probabilities(wide, decoding), uniform(t)[active])
         chosen_logp = wide.log_softmax(-1).gather(-1, choice[:, None]).squeeze(-1)
+        if chosen_logp[running].isnan().any():
+            raise GuardStop(
+                "sampling: the model's logits are not numbers; the policy has diverged."
+            )
         rows = active[running]
         tokens[rows, t], logp[rows, t] = choice[running], chosen_logp[running].to(logp)
         ended = running & torch.isin(choice, end_ids)
