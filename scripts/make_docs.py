@@ -1,7 +1,7 @@
 """Write docs/methods.md and docs/metrics.md from the code.
 
-    python scripts/make_docs.py           write them
-    python scripts/make_docs.py --check   fail where they differ from the code
+python scripts/make_docs.py           write them
+python scripts/make_docs.py --check   fail where they differ from the code
 """
 
 import sys
@@ -37,7 +37,8 @@ def methods_page() -> str:
         lines.append(_row([f"`{m['name']}`", *axes, m["equation"]]))
     for m in table:
         detail = commands.method_row(m["name"])
-        lines += ["", f"## {m['name']}", "", f"{detail['summary'].capitalize()} ({m['paper']}).", ""]
+        title = f"{detail['summary'].capitalize()} ({m['paper']})."
+        lines += ["", f"## {m['name']}", "", title, ""]
         lines += [f"    {term}" for term in m["terms"]]
         lines += ["", f"Loss: {m['equation']}", ""]
         defaults = ", ".join(f"`{k}: {v}`" for k, v in detail["defaults"].items())

@@ -259,7 +259,6 @@ def test_failing_rewards(train, tiny_model, pairs_file, here, capsys, command, n
     assert "not JSON" not in err
 
 
-@pytest.mark.xfail(strict=True, reason="parts.prepare does not call loading.try_reward yet")
 def test_a_failing_reward_leaves_no_folder(refused, train, here):
     (here / "rewards.py").write_text(REWARDS)
     refused(*train("--reward", "rewards.py:boom", method="on_policy_dpo"))

@@ -4,11 +4,20 @@ The command line turns them into exit codes: `UserError` 2, `GuardStop` 3.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
     """A mistake in what the user gave: the message says what, where and the cure."""
+
+
+class BadRows(UserError):
+    """Too much of the data cannot be used; `rejected` holds the rows, to be kept for the user."""
+
+    def __init__(self, message: str, rejected: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.rejected = rejected
 
 
 class GuardStop(Exception):

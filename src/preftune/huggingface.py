@@ -124,12 +124,12 @@ def check_folder(name: str, *, allow_pickle: bool = False) -> None:
     if not path.is_dir():
         raise UserError(f"model '{name}': is a file. Give the folder that holds config.json.")
     if not (path / "config.json").exists():
-        adapter = (
-            " (it holds an adapter; give the base model's folder)"
-            if (path / "adapter_config.json").exists()
-            else ""
-        )
-        raise UserError(f"model '{name}': the folder holds no config.json, so no model{adapter}.")
+        hint = ""
+        if (path / "adapter_config.json").exists():
+            hint = " It holds an adapter: give the base model's folder."
+        elif (path / "model" / "config.json").exists():
+            hint = f" It is a run's folder: give {path / 'model'}."
+        raise UserError(f"model '{name}': the folder holds no config.json, so no model.{hint}")
     if not any(path.glob("*.safetensors")) and not allow_pickle:
         if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
             raise UserError(
@@ -147,23 +147,45 @@ def _load(auto: Any, name: str, **options: Any) -> Any:
         return auto.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, ... for user mistakes
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"'{name}' could not be loaded: {first}") from error
+        cure = "Check the name, or copy or download the folder anew."
+        raise UserError(
+            f"model '{name}' could not be loaded: {first.rstrip('.')}. {cure}"
+        ) from error
+
+
+def _load_weights(auto: Any, name: str, dtype: torch.dtype) -> Any:
+    """A model all of whose weights stand in its files: transformers fills gaps with noise."""
+    model, found = _load(auto, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        few = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+        raise UserError(
+            f"model '{name}': its files lack {len(missing)} of the weights ({few}). "
+            "Give a whole model of this kind."
+        )
+    return model.eval()
 
 
 def load_model(name: str, dtype: torch.dtype) -> Any:
     """A causal language model in `dtype`, in eval mode (dropout off: it would blur log-ratios)."""
     from transformers import AutoModelForCausalLM
 
-    return _load(
-        AutoModelForCausalLM, resolve_model(name), dtype=dtype, use_safetensors=True
-    ).eval()
+    return _load_weights(AutoModelForCausalLM, resolve_model(name), dtype)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model folder or Hub id."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, resolve_model(name))
+    folder = resolve_model(name)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if Path(folder).is_dir() and not any((Path(folder) / n).exists() for n in names):
+        check_folder(folder)
+        raise UserError(
+            f"model '{name}': the folder holds no tokenizer (tokenizer.json). "
+            "Save it there: tokenizer.save_pretrained(folder)."
+        )
+    return _load(AutoTokenizer, folder)
 
 
 def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -181,8 +203,8 @@ def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise UserError(
             f"reward '{name}': its head has {config.num_labels} outputs; a reward model has one."
         )
-    model = _load(AutoModelForSequenceClassification, name, dtype=dtype, use_safetensors=True)
-    return model.eval(), load_tokenizer(name)
+    model = _load_weights(AutoModelForSequenceClassification, name, dtype)
+    return model, load_tokenizer(name)
 
 
 def accepted(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,8 @@ def load_rows(
     try:
         return _load_rows(source, config, renderer, want, context, reserve)
     except UserError as error:
-        raise UserError(_placed(str(error), source, called)) from error
+        error.args = (_placed(str(error), source, called),)
+        raise
 
 
 def _called(source: Any, config: Config) -> str:
@@ -238,9 +239,7 @@ def want_of(method: Method) -> str:
     return ("prompts", "completions", "pairs")[most]
 
 
-def make_reward(
-    given: Any, weights: list[float] | None, max_length: int | None = None
-) -> rewards.Reward | None:
+def make_reward(given: Any, weights: list[float] | None) -> rewards.Reward | None:
     """The reward of the settings: a name, a list of names, or a function."""
     if given is None or (isinstance(given, list) and not given):
         if weights:

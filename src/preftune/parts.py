@@ -1,6 +1,6 @@
 """What a run is made of, loaded and checked before anything is written but refused rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +10,8 @@ import torch
 
 from preftune import huggingface, loading, loop, rewards, spec
 from preftune.config import Config
-from preftune.data import Rejected, Renderer, Rows, write_rejected
-from preftune.errors import UserError
+from preftune.data import Rejected, Renderer, Report, Rows, write_rejected
+from preftune.errors import BadRows, UserError
 from preftune.methods import SETTINGS, Method
 from preftune.policies.transformer import Transformer
 from preftune.rounds import World, updates_per_epoch
@@ -95,7 +95,7 @@ def prepare(
     _load_reference(parts)
     if parts.micro_batch_tokens is None and policy.device.type == "cpu":
         parts.micro_batch_tokens = loading.CPU_MICRO_BATCH_TOKENS
-    if policy.autocast is not None:
+    if policy.autocast is not None and config.dtype == "auto":
         parts.notes.append(
             f"compute in {policy.autocast} over float32 weights: faster on this machine"
         )
@@ -118,46 +118,56 @@ def _check_needs(config: Config, method: Method, reward: rewards.Reward | None, 
 
 def _load_data(parts: Parts, data: Any, trains: bool) -> None:
     """Data, prompts and held-out rows; refused rows go beside the output."""
-    config, renderer = parts.config, parts.renderer
-    if renderer is None:
+    config = parts.config
+    if parts.renderer is None:
         return
-    context = loading.context_of(parts.policy.model)
     draws = any(t.source.draws for t in parts.method.terms)
     reserve = config.max_new_tokens if draws else 0
     rejected: list[Rejected] = []
-    if data is not None:
-        parts.data, report, rejected = loading.load_rows(
-            data,
-            config,
-            renderer,
-            want=loading.want_of(parts.method),
-            context=context,
-            reserve=reserve,
-        )
-        parts.notes.append(loading.describe(parts.data, report, len(rejected)))
-    if config.prompts is not None:
-        parts.prompts, _, more = loading.load_rows(
-            config.prompts, config, renderer, want="prompts", context=context, reserve=reserve
-        )
-        rejected = [*rejected, *more]
-    if rejected and trains:
+    try:
+        if data is not None:
+            want = loading.want_of(parts.method)
+            parts.data, report = _load_rows(parts, data, want, reserve, rejected)
+            parts.notes.append(loading.describe(parts.data, report, len(rejected)))
+        if config.prompts is not None:
+            parts.prompts, _ = _load_rows(parts, config.prompts, "prompts", reserve, rejected)
+        if trains and config.eval_data is not None:
+            room = config.max_new_tokens
+            parts.held_out, _ = _load_rows(parts, config.eval_data, "prompts", room, rejected)
+    except BadRows as error:
+        rejected.extend(error.rejected)
+        raise
+    finally:
+        if trains:
+            _keep_rejected(parts, rejected)
+    if trains and config.eval_data is None:
+        _hold_out(parts)
+    parts.prompts = parts.prompts or parts.data
+    if trains:
+        for judge in (parts.reward, parts.gold):
+            loading.try_reward(judge, parts.prompts, parts.renderer)
+
+
+def _load_rows(
+    parts: Parts, source: Any, want: str, reserve: int, rejected: list[Rejected]
+) -> tuple[Rows, Report]:
+    """Rows of one source; what it refuses is added to `rejected`."""
+    assert parts.renderer is not None, "a tokenizer is loaded where there is data"
+    context = loading.context_of(parts.policy.model)
+    rows, report, refused = loading.load_rows(
+        source, parts.config, parts.renderer, want=want, context=context, reserve=reserve
+    )
+    rejected.extend(refused)
+    return rows, report
+
+
+def _keep_rejected(parts: Parts, rejected: Sequence[Rejected]) -> None:
+    """Refused rows stand beside the output, whether or not the run begins."""
+    if rejected:
         path = Path(f"{parts.output}.rejected.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rejected(rejected, path)
         parts.notes.append(f"refused rows were kept in {path}")
-    if trains and config.eval_data is not None:
-        parts.held_out, _, _ = loading.load_rows(
-            config.eval_data,
-            config,
-            renderer,
-            want="prompts",
-            context=context,
-            reserve=config.max_new_tokens,
-        )
-    elif trains:
-        _hold_out(parts)
-    if parts.prompts is None:
-        parts.prompts = parts.data
 
 
 def _hold_out(parts: Parts) -> None:
@@ -176,6 +186,10 @@ def _hold_out(parts: Parts) -> None:
             "no held-out prompts: give eval_data or eval_fraction to see reward and KL"
         )
         return
+    if count == len(rows):
+        raise UserError(
+            f"eval_fraction: {config.eval_fraction} of {len(rows)} rows leaves none to train on."
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     parts.data, parts.held_out = (
         rows.select(order[count:].sort().values),

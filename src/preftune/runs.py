@@ -48,8 +48,9 @@ class RunFolder:
     @staticmethod
     def check_free(path: Path) -> None:
         """Refuse a folder that already holds something, or a file."""
-        if path.is_file():
-            raise UserError(f"output '{path}' is a file. Give a folder.")
+        for place in (path, *path.parents):
+            if place.is_file():
+                raise UserError(f"output '{path}': '{place}' is a file. Give a folder.")
         if path.is_dir() and any(path.iterdir()):
             raise UserError(
                 f"output '{path}' is not empty. Give another folder, or --resume to go on with it."

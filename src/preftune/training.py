@@ -186,19 +186,27 @@ def _open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     folder = RunFolder(parts.output)
     before = folder.read_config()
     free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
-    differs = [
-        k for k in {**before, **resolved} if k not in free and before.get(k) != resolved.get(k)
-    ]
+    old, new = _flat(before), _flat(resolved)
+    differs = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
     if differs:
-        changes = "; ".join(
-            f"{k}: {before.get(k)!r} became {resolved.get(k)!r}" for k in sorted(differs)
-        )
+        changes = "; ".join(f"{k}: {old.get(k)!r} became {new.get(k)!r}" for k in sorted(differs))
         raise UserError(
             f"resume '{parts.output}': the settings differ: {changes}. "
             "Only the number of steps and logging may."
         )
     folder.write_config(resolved)
     return folder
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path, so that a difference names the one that changed."""
+    if isinstance(value, Mapping):
+        pairs = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list):
+        pairs = [(str(i), v) for i, v in enumerate(value)]
+    else:
+        return {path: value}
+    return {p: x for k, v in pairs for p, x in _flat(v, f"{path}.{k}" if path else k).items()}
 
 
 def _go_on(state: loop.State, folder: RunFolder, tell: Tell) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from preftune.data.canonical import COLUMNS, KINDS, Example, Refused, allowed, canonical, kind_of
 from preftune.data.files import Malformed, ending, read_rows
-from preftune.errors import UserError, nearest
+from preftune.errors import BadRows, UserError, nearest
 
 _NEEDED = {
     "pairs": "chosen and rejected (with prompt, or as dialogues)",
@@ -130,9 +130,10 @@ def check_bad_rows(loaded: Loaded, bad_rows: float, *, later: Sequence[Rejected]
     refused = [*loaded.rejected, *later]
     bad, total = len(refused), len(loaded.rejected) + len(loaded.examples)
     if bad > bad_rows * total:
-        raise UserError(
+        raise BadRows(
             f"data: {bad} of {total} rows cannot be used, above bad_rows: {bad_rows:g}. "
-            f"{summary(refused)}. Repair or remove them, or raise bad_rows."
+            f"{summary(refused)}. Repair or remove them, or raise bad_rows.",
+            refused,
         )
 
 
