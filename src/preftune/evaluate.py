@@ -35,6 +35,14 @@ class Answers:
         """Response tokens, the end token not counted, [N, K]."""
         return self.samples.lengths() - self.samples.finished.long()
 
+    def first(self, count: int) -> "Answers":
+        """Those to the first `count` prompts."""
+        return Answers(
+            samples=self.samples.take(torch.arange(min(count, len(self.samples.row)))),
+            rewards={name: values[:count] for name, values in self.rewards.items()},
+            kl=None if self.kl is None else self.kl[:count],
+        )
+
 
 def answer(
     policy: Policy,

@@ -15,6 +15,7 @@ from preftune.config import load
 from preftune.errors import UserError
 from preftune.evaluate import Answers, figures
 from preftune.huggingface import DEFAULT_MODEL
+from preftune.numerics import permutation, stream_key
 from preftune.parts import Parts, make_settings, prepare, resolved_config
 from preftune.progress import Progress
 from preftune.report import write_report
@@ -29,12 +30,14 @@ SETTINGS: dict[str, Any] = {
 OVERRIDES: dict[str, dict[str, Any]] = {"hypo": {"terms.1.weight": 0.02, "terms.1.share": 0.5}}
 """What a method has besides: HyPO draws to half as many prompts as it has pairs, to save time."""
 FINAL_SAMPLES = 1
-MIDWAY_PROMPTS = 12
+CURVE_PROMPTS = 16
+"""Held-out prompts that the learning curves are drawn from; the table takes all."""
 NOTE = (
     "The reward shown is the one that the pairs were labelled by, so it is the one trained on; it "
     "says nothing of quality. One training seed: the intervals are over held-out prompts, and "
-    "another seed may differ. The KL term of HyPO aims at a lower KL at the same steps, not at a "
-    "better model: DPO stopped earlier may reach the same points, so read reward against KL first."
+    "another seed may differ. The table is of all held-out prompts, the curves of 16 of them. "
+    "The KL term of HyPO aims at a lower KL at the same steps, not at a better model: DPO stopped "
+    "earlier may reach the same points, so read reward against KL first."
 )
 
 
@@ -68,7 +71,11 @@ def run(output: Path, console: Any) -> list[dict[str, Any]]:
 def _prepare(name: str, output: Path, data: Path) -> Parts:
     files = {"data": str(data / "pairs.jsonl"), "eval_data": str(data / "heldout.jsonl")}
     config = load({"method": name, "output": str(output / name), **SETTINGS, **files})
-    return prepare(config, overrides=OVERRIDES.get(name))
+    parts = prepare(config, overrides=OVERRIDES.get(name))
+    assert parts.held_out is not None, "quickstart has held-out prompts"
+    mixed = permutation(stream_key("quickstart"), 0, len(parts.held_out))  # the file is by kinds
+    parts.held_out = parts.held_out.select(mixed)
+    return parts
 
 
 def _reference(parts: Parts, path: Path, bar: Progress) -> tuple[dict[str, Any], Answers]:
@@ -111,19 +118,20 @@ def _method(
     half = settings.max_steps // 2
     settings = replace(settings, eval_every=half)
     folder = RunFolder.create(path, resolved_config(parts, settings))
-    start = held_out.eval_metrics({k: v for k, v in reference.items() if isinstance(v, dict)})
+    few = baseline.first(CURVE_PROMPTS)
+    start = held_out.eval_metrics({**figures(few, few), "kl": reference["kl"]})
     result: dict[str, Any] = {}
 
     def evaluate(step: int) -> dict[str, Any]:
         if step == 0:
             return start  # the policy is still the reference
         if step < settings.max_steps:
-            few = held_out.held_out_answers(parts, parts.policy, MIDWAY_PROMPTS)
-            return held_out.eval_metrics(figures(few))
+            answers = held_out.held_out_answers(parts, parts.policy, CURVE_PROMPTS)
+            return held_out.eval_metrics(figures(answers, few))
         answers = _answers(parts, bar, parts.method.name)
         result.update(figures(answers, baseline))
         folder.append("samples.jsonl", held_out.sample_rows(parts, answers, step))
-        return held_out.eval_metrics(result)
+        return held_out.eval_metrics(figures(answers.first(CURVE_PROMPTS), few))
 
     training.execute(parts, settings, folder, evaluate=evaluate, tell=training.teller([bar]))
     seconds = time.perf_counter() - began
