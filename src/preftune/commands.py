@@ -74,12 +74,7 @@ def _prompts(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows,
     source = config.prompts or config.data
     if source is None:
         raise UserError("prompts: give --prompts a file or a Hub id.")
-    renderer = Renderer(
-        tokenizer,
-        template=config.template,
-        system_prompt=config.system_prompt,
-        end_ids=policy.end_ids,
-    )
+    renderer = loading.make_renderer(config, tokenizer, policy)
     rows, _, _ = loading.load_rows(
         source, config, renderer, want="prompts", context=loading.context_of(policy.model),
         reserve=config.max_new_tokens,
@@ -185,12 +180,7 @@ def inspect(
     if config.data is None:
         raise UserError("data: give --data a file or a Hub id.")
     policy, tokenizer = _model(config, config.model)
-    renderer = Renderer(
-        tokenizer,
-        template=config.template,
-        system_prompt=config.system_prompt,
-        end_ids=policy.end_ids,
-    )
+    renderer = loading.make_renderer(config, tokenizer, policy)
     rows, report, rejected = loading.load_rows(
         config.data, config, renderer, want="any", context=loading.context_of(policy.model)
     )

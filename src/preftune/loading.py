@@ -162,6 +162,14 @@ def make_reference(config: Config, policy: Transformer) -> Transformer:
     return policy.with_model(model)
 
 
+def make_renderer(config: Config, tokenizer: Any, policy: Transformer) -> Renderer:
+    """The renderer of the policy's own tokenizer, as the settings ask."""
+    return Renderer(
+        tokenizer, template=config.template, system_prompt=config.system_prompt,
+        end_ids=policy.end_ids,
+    )  # fmt: skip
+
+
 def context_of(model: Any) -> int | None:
     """Tokens that a model can take."""
     return getattr(model.config, "max_position_embeddings", None)

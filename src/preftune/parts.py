@@ -79,12 +79,7 @@ def prepare(
     policy = loading.make_policy(config, model, tokenizer)
     renderer = None
     if tokenizer is not None:
-        renderer = Renderer(
-            tokenizer,
-            template=config.template,
-            system_prompt=config.system_prompt,
-            end_ids=policy.end_ids,
-        )
+        renderer = loading.make_renderer(config, tokenizer, policy)
     parts = Parts(
         config=config, method=method, output=output, policy=policy, reference=None,
         tokenizer=tokenizer, renderer=renderer, data=None, prompts=None,
