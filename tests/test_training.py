@@ -180,3 +180,23 @@ def test_a_pair_with_no_difference_left_is_no_update(tiny_model, pairs_file, tmp
     )  # fmt: skip
     assert [m["loss"] for m in run.metrics] == [None, None]
     assert any("tied" in n for n in notes)
+
+
+def test_a_model_object_brings_its_own_tokenizer(tiny_model, pairs_file, tmp_path):
+    from preftune.huggingface import load_model
+
+    config = settings(tiny_model, pairs_file, tmp_path / "r")
+    del config["model"]
+    run = train(config, model=load_model(tiny_model, torch.float32))
+    assert len(run.parts.tokenizer) == run.policy.model.config.vocab_size
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_model, pairs_file, tmp_path):
+    from preftune.huggingface import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.add_tokens(["<extra>"])
+    config = settings(tiny_model, pairs_file, tmp_path / "r")
+    with pytest.raises(UserError, match="tokenizer: it has"):
+        train(config, model=load_model(tiny_model, torch.float32), tokenizer=tokenizer)
+    assert not (tmp_path / "r").exists()

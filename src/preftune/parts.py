@@ -75,10 +75,11 @@ def prepare(
         _check_needs(config, method, made_reward, data)
     output = Path(config.output or f"runs/{method.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if tokenizer is None and (data is not None or config.prompts or model is None):
-        tokenizer = huggingface.load_tokenizer(config.model)
+        tokenizer = huggingface.load_tokenizer(_tokenizer_name(config, model))
     policy = loading.make_policy(config, model, tokenizer)
     renderer = None
     if tokenizer is not None:
+        _check_vocabulary(tokenizer, policy.model)
         renderer = loading.make_renderer(config, tokenizer, policy)
     parts = Parts(
         config=config, method=method, output=output, policy=policy, reference=None,
@@ -95,6 +96,22 @@ def prepare(
             f"compute in {policy.autocast} over float32 weights: faster on this machine"
         )
     return parts
+
+
+def _tokenizer_name(config: Config, model: Any) -> str:
+    """Where the tokenizer is: with the model that is named, or with the object's own folder."""
+    own = getattr(model, "name_or_path", "")
+    return own if own and "model" not in config.model_fields_set else config.model
+
+
+def _check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """A tokenizer of another model would index past the embedding, or train nonsense."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"tokenizer: it has {len(tokenizer)} tokens and the model {rows}. "
+            "Give the model's own tokenizer."
+        )
 
 
 def _check_needs(config: Config, method: Method, reward: rewards.Reward | None, data: Any) -> None:
