@@ -200,3 +200,16 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_model, pairs_file, tmp_pat
     with pytest.raises(UserError, match="tokenizer: it has"):
         train(config, model=load_model(tiny_model, torch.float32), tokenizer=tokenizer)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("where", ["reward", "gold", "list"])
+def test_a_bare_length_mode_is_measured_wherever_it_stands(where, tiny_model, pairs_file, tmp_path):
+    given = {
+        "reward": {"reward": "length:mode"},
+        "gold": {"reward": "length:min", "gold": "length:mode"},
+        "list": {"reward": ["length:min", "length:mode"], "reward_weights": [0.5, 1.0]},
+    }[where]
+    config = settings(tiny_model, pairs_file, tmp_path / "r", max_steps=1, eval_fraction=0.25)
+    run = train({**config, **given})
+    judge = run.parts.gold if where == "gold" else run.parts.reward
+    assert "length:mode=" in judge.name

@@ -107,20 +107,21 @@ def evaluate(config: Config, tick: Tick = lambda done, total: None) -> tuple[Fig
         notes.append(f"reference: {reference_name}")
     else:
         notes.append("no reference given: no KL and no win rate")
-    if isinstance(reward, rewards.Length) and reward.kind == "mode" and reward.target is None:
-        reward = rewards.Length("mode", loading.measured_mode(reference or policy, rows))
+    if rewards.is_open(reward) or rewards.is_open(gold):
+        target = loading.measured_mode(reference or policy, rows)
+        reward, gold = (r and rewards.aimed(r, target) for r in (reward, gold))
     judges = {r.name: loading.judge_of(r, rows, renderer) for r in (reward, gold) if r is not None}
     per_prompt = config.samples_per_prompt or 1
     budget = config.micro_batch_tokens or loading.CPU_MICRO_BATCH_TOKENS
 
-    def answers(of: Transformer) -> Answers:
+    def answers(of: Transformer, away_from: Transformer | None) -> Answers:
         return answer(
-            of, reference, rows, judges, samples_per_prompt=per_prompt, seed=config.seed,
+            of, away_from, rows, judges, samples_per_prompt=per_prompt, seed=config.seed,
             micro_batch_tokens=budget, progress=tick,
         )  # fmt: skip
 
-    mine = answers(policy)
-    against = answers(reference) if reference is not None and judges else None
+    mine = answers(policy, reference)
+    against = answers(reference, None) if reference is not None and judges else None
     return figures(mine, against, config.seed), notes
 
 

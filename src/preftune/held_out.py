@@ -1,6 +1,7 @@
 """A run's held-out prompts: a policy's answers to them, as figures and as rows to read."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from preftune.evaluate import Answers, answer, figures
@@ -65,7 +66,8 @@ def eval_metrics(found: Mapping[str, Mapping[str, float | None]]) -> dict[str, A
 def evaluator(parts: Parts, folder: RunFolder) -> Callable[[int], dict[str, Any]]:
     """Evaluation as the loop calls it; the reference answers once."""
     assert parts.reference is not None, "held-out prompts bring the reference"
-    baseline = held_out_answers(parts, parts.reference)
+    # its KL to itself is not asked for
+    baseline = held_out_answers(replace(parts, reference=None), parts.reference)
 
     def evaluate(step: int) -> dict[str, Any]:
         answers = held_out_answers(parts, parts.policy)

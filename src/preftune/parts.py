@@ -89,6 +89,9 @@ def prepare(
     )  # fmt: skip
     _load_data(parts, data, trains)
     _load_reference(parts)
+    if trains and parts.renderer is not None:
+        for judge in (parts.reward, parts.gold):
+            loading.try_reward(judge, parts.prompts, parts.renderer)
     if parts.micro_batch_tokens is None and policy.device.type == "cpu":
         parts.micro_batch_tokens = loading.CPU_MICRO_BATCH_TOKENS
     if policy.autocast is not None and config.dtype == "auto":
@@ -155,9 +158,6 @@ def _load_data(parts: Parts, data: Any, trains: bool) -> None:
     if trains and config.eval_data is None:
         _hold_out(parts)
     parts.prompts = parts.prompts or parts.data
-    if trains:
-        for judge in (parts.reward, parts.gold):
-            loading.try_reward(judge, parts.prompts, parts.renderer)
 
 
 def _load_rows(
@@ -212,17 +212,16 @@ def _hold_out(parts: Parts) -> None:
 
 def _load_reference(parts: Parts) -> None:
     """The reference, where something asks for it; and the target of a bare `length:mode`."""
-    reward, needs = parts.reward, parts.method.needs
+    needs = parts.method.needs
     draws_from_it = any(t.source.draws and not t.source.on_policy for t in parts.method.terms)
-    open_mode = (
-        isinstance(reward, rewards.Length) and reward.kind == "mode" and reward.target is None
-    )
+    open_mode = rewards.is_open(parts.reward) or rewards.is_open(parts.gold)
     if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
         parts.reference = loading.make_reference(parts.config, parts.policy)
     if open_mode and parts.prompts is not None and parts.reference is not None:
-        aimed = rewards.Length("mode", loading.measured_mode(parts.reference, parts.prompts))
-        parts.reward = aimed
-        parts.notes.append(f"length:mode aims at the reference's most common length: {aimed.name}")
+        target = loading.measured_mode(parts.reference, parts.prompts)
+        parts.reward = parts.reward and rewards.aimed(parts.reward, target)
+        parts.gold = parts.gold and rewards.aimed(parts.gold, target)
+        parts.notes.append(f"length:mode aims at the reference's most common length: {target}")
 
 
 def make_world(parts: Parts) -> World:

@@ -192,6 +192,20 @@ class Weighted:
         ]
 
 
+def is_open(reward: Reward | None) -> bool:
+    """Whether a bare `length:mode` in it still lacks its target."""
+    if isinstance(reward, Weighted):
+        return any(is_open(part) for _, part in reward.parts)
+    return isinstance(reward, Length) and reward.kind == "mode" and reward.target is None
+
+
+def aimed(reward: Reward, target: int) -> Reward:
+    """The reward with that target where it lacks one."""
+    if isinstance(reward, Weighted):
+        return Weighted(tuple((weight, aimed(part, target)) for weight, part in reward.parts))
+    return Length("mode", target) if is_open(reward) else reward
+
+
 def judge(reward: Reward, judged: Judged) -> list[float]:
     """The rewards, checked.
 
