@@ -102,7 +102,7 @@ def test_exponents_do_not_overflow(divergence: str) -> None:
 def test_dpo_is_exact_at_large_margins() -> None:
     """Margin 40: loss ln(1 + e^-40) = e^-40 to all digits; margin -1000: loss 1000, not inf."""
     loss = o.dpo(f64(40.0, -1000.0), f64(0.0, 0.0), f64(0.0, 0.0), f64(0.0, 0.0), beta=1.0)
-    assert loss[0].item() == pytest.approx(math.exp(-40), rel=1e-12)
+    assert loss[0].item() == pytest.approx(math.exp(-40), rel=1e-12, abs=0)
     assert loss[1].item() == 1000.0
 
 
@@ -149,6 +149,52 @@ def test_ipo_minimum_is_at_half_over_tau() -> None:
     torch.testing.assert_close(loss.detach(), f64(0.01, 0.0, 0.01), rtol=0, atol=1e-12)
     assert gap.grad is not None
     torch.testing.assert_close(gap.grad, f64(-0.2, 0.0, 0.2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.7, 1.0])
+def test_ipo_optimum_of_uncertain_labels(p: float) -> None:
+    """A pair labelled one way with probability p and the other way otherwise: the best gap is
+    (2p - 1)/(2·tau), found by gradient descent on the exact mean; p = 0.7, tau 0.2: 0.4/0.4 = 1."""
+    gap = f64(0.3).requires_grad_()
+    zero = f64(0.0)
+    for _ in range(100):
+        loss = p * o.ipo(gap, zero, zero, zero, tau=0.2) + (1 - p) * o.ipo(
+            zero, gap, zero, zero, tau=0.2
+        )
+        (gradient,) = torch.autograd.grad(loss, [gap])
+        gap = (gap - 0.2 * gradient).detach().requires_grad_()
+    assert gap.item() == pytest.approx((2 * p - 1) / 0.4, abs=1e-9)
+
+
+def test_swapping_a_pair_negates_its_gap() -> None:
+    """Gap 3 becomes -3: DPO at beta 0.1 ln(1 + e^0.3), IPO at tau 0.25 (-3 - 2)² = 25."""
+    chosen, rejected, ref_chosen, ref_rejected = PAIR
+    swapped = (rejected, chosen, ref_rejected, ref_chosen)
+    assert o.dpo(*swapped, beta=0.1).item() == pytest.approx(math.log1p(math.exp(0.3)), abs=1e-12)
+    assert o.ipo(*swapped, tau=0.25).item() == pytest.approx(25.0, abs=1e-12)
+
+
+def test_smoothing_is_the_mean_over_swapped_labels() -> None:
+    """ε 0.2: 0.8 times the loss of the pair plus 0.2 times that of the swapped pair."""
+    chosen, rejected, ref_chosen, ref_rejected = PAIR
+    swapped = (rejected, chosen, ref_rejected, ref_chosen)
+    mean = 0.8 * o.dpo(*PAIR, beta=0.1) + 0.2 * o.dpo(*swapped, beta=0.1)
+    torch.testing.assert_close(o.dpo(*PAIR, beta=0.1, label_smoothing=0.2), mean)
+
+
+def test_bradley_terry_smoothing_by_hand() -> None:
+    """Scores 2 and 1, margin 0.5, ε 0.1: 0.9·ln(1 + e^-0.5) + 0.1·ln(1 + e^0.5) = 0.524077."""
+    loss = o.bradley_terry(f64(2.0), f64(1.0), margin=0.5, label_smoothing=0.1)
+    expected = 0.9 * math.log1p(math.exp(-0.5)) + 0.1 * math.log1p(math.exp(0.5))
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_bradley_terry_smoothing_has_its_minimum_at_the_log_odds() -> None:
+    """ε 0.1, margin 0.5: no gradient at a lead of 0.5 + ln 9; signs to either side."""
+    lead = (0.5 + math.log(9) + f64(-0.1, 0.0, 0.1)).requires_grad_()
+    loss = o.bradley_terry(lead, torch.zeros_like(lead), margin=0.5, label_smoothing=0.1)
+    (gradient,) = torch.autograd.grad(loss.sum(), [lead])
+    assert gradient[0] < -1e-3 and abs(gradient[1]) < 1e-12 and gradient[2] > 1e-3
 
 
 def test_bradley_terry_by_hand() -> None:

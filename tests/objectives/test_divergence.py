@@ -1,6 +1,7 @@
 """Reverse KL: its numbers, and its expected gradient by exact enumeration of samples."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from preftune import objectives as o
 from preftune.advantages import leave_one_out
+from preftune.objectives.divergence import kl_estimate
 from preftune.theory import closed_form
 
 NUM_ARMS = 5
@@ -68,14 +70,14 @@ def other_samples_as_baseline(logp: Tensor, ref: Tensor) -> Tensor:
     return o.reverse_kl(logp, ref, baseline=leave_one_out(logp - ref))
 
 
-def half_square(logp: Tensor, ref: Tensor) -> Tensor:
-    """k2 as a loss: the same gradient on-policy, another value."""
-    return 0.5 * (logp - ref).square()
+def k2(logp: Tensor, ref: Tensor) -> Tensor:
+    """The same gradient on-policy, another value."""
+    return o.kl_loss(logp, ref, estimator="k2")
 
 
-def stop_gradient_removed(logp: Tensor, ref: Tensor) -> Tensor:
-    """k1 as a loss: its expected gradient is 0."""
-    return logp - ref
+def k1(logp: Tensor, ref: Tensor) -> Tensor:
+    """The log-ratio without stop-gradient: its expected gradient is 0."""
+    return o.kl_loss(logp, ref, estimator="k1")
 
 
 def product_without_stop_gradient(logp: Tensor, ref: Tensor) -> Tensor:
@@ -88,9 +90,9 @@ def own_sample_in_baseline(logp: Tensor, ref: Tensor) -> Tensor:
     return o.reverse_kl(logp, ref, baseline=log_ratio.mean(-1, keepdim=True).expand_as(log_ratio))
 
 
-def low_variance_estimator_as_loss(logp: Tensor, ref: Tensor) -> Tensor:
-    """k3 as a loss: the gradient of another divergence."""
-    return torch.expm1(ref - logp) - (ref - logp)
+def k3(logp: Tensor, ref: Tensor) -> Tensor:
+    """The gradient of another divergence."""
+    return o.kl_loss(logp, ref, estimator="k3")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def low_variance_estimator_as_loss(logp: Tensor, ref: Tensor) -> Tensor:
         (no_baseline, 2),
         (other_samples_as_baseline, 2),
         (other_samples_as_baseline, 3),
-        (half_square, 1),
+        (k2, 1),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
@@ -111,12 +113,12 @@ def test_expected_gradient_is_exact(loss: Loss, k: int) -> None:
 @pytest.mark.parametrize(
     ("loss", "k"),
     [
-        (stop_gradient_removed, 1),
-        (stop_gradient_removed, 2),
+        (k1, 1),
+        (k1, 2),
         (product_without_stop_gradient, 1),
         (own_sample_in_baseline, 2),
         (own_sample_in_baseline, 3),
-        (low_variance_estimator_as_loss, 1),
+        (k3, 1),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
@@ -128,7 +130,7 @@ def test_broken_variants_are_seen(loss: Loss, k: int) -> None:
 def test_what_the_broken_variants_do() -> None:
     """Without stop-gradient nothing is left; a mean that includes the sample keeps (k - 1)/k."""
     _, gradient = exact()
-    none_left = expected_over_tuples(stop_gradient_removed, 1)[1]
+    none_left = expected_over_tuples(k1, 1)[1]
     torch.testing.assert_close(none_left, torch.zeros_like(gradient), rtol=0, atol=1e-12)
     for k in (2, 3):
         shrunk = expected_over_tuples(own_sample_in_baseline, k)[1]
@@ -139,6 +141,73 @@ def test_what_the_broken_variants_do() -> None:
 def test_expected_value_is_the_kl(k: int) -> None:
     loss = no_baseline if k == 1 else other_samples_as_baseline
     torch.testing.assert_close(expected_over_tuples(loss, k)[0], exact()[0], rtol=0, atol=1e-12)
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl() -> None:
+    """In the mean ∇k3 is ∇KL(π_ref ‖ π), not ∇KL(π ‖ π_ref)."""
+    logits, ref = policy_and_reference()
+    (forward,) = torch.autograd.grad(closed_form.kl(ref, logits.log_softmax(-1)), [logits])
+    torch.testing.assert_close(expected_over_tuples(k3, 1)[1], forward, rtol=0, atol=1e-12)
+
+
+def test_k1_and_k3_have_the_kl_for_their_mean() -> None:
+    """k2 has not: it is off by the third order of the log-ratio."""
+    for loss, is_kl in ((k1, True), (k2, False), (k3, True)):
+        off = (expected_over_tuples(loss, 1)[0] - exact()[0]).abs().item()
+        assert (off < 1e-12) is is_kl, loss.__name__
+        assert is_kl or off > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "gradient"),
+    [("k1", 2.0, 1.0), ("k2", 2.0, 2.0), ("k3", math.exp(-2) + 1, 1 - math.exp(-2))],
+)
+def test_kl_loss_by_hand(estimator: str, value: float, gradient: float) -> None:
+    """Log-ratio -1 + 3 = 2: k1 2 with slope 1; k2 2²/2 with slope 2; k3 e^-2 - 1 + 2 with slope
+    1 - e^-2."""
+    logp = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    loss = o.kl_loss(logp, torch.tensor([-3.0], dtype=torch.float64), estimator=estimator)
+    loss.backward()
+    assert logp.grad is not None
+    assert loss.item() == pytest.approx(value, abs=1e-12)
+    assert logp.grad.item() == pytest.approx(gradient, abs=1e-12)
+    log_ratio = torch.tensor([2.0], dtype=torch.float64)
+    assert kl_estimate(log_ratio, estimator).item() == pytest.approx(value, abs=1e-12)
+
+
+def test_kl_loss_is_k2_by_default() -> None:
+    logp, ref = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(o.kl_loss(logp, ref), o.kl_loss(logp, ref, estimator="k2"))
+
+
+def test_k2_and_k3_are_never_negative_and_zero_at_the_reference() -> None:
+    log_ratio = torch.arange(-50, 51, dtype=torch.float64) / 10
+    for estimator in ("k2", "k3"):
+        values = kl_estimate(log_ratio, estimator)
+        assert (values >= 0).all() and values[50] == 0 and (values[:50] > 0).all()
+
+
+def test_k3_keeps_its_digits_near_the_reference() -> None:
+    """Log-ratio 1e-4 in float32: ½·1e-8, which e^-x - 1 + x would lose to cancellation."""
+    value = kl_estimate(torch.tensor([1e-4]), "k3").item()
+    assert value == pytest.approx(5e-9, rel=0.01)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_far_from_the_reference_all_is_finite(estimator: str) -> None:
+    """Log-ratios of ±1000 in float32, where exp(1000) is infinite."""
+    logp = torch.tensor([-1000.0, 1000.0], requires_grad=True)
+    loss = o.kl_loss(logp, torch.zeros(2), estimator=estimator)
+    loss.sum().backward()
+    assert logp.grad is not None
+    assert loss.isfinite().all() and logp.grad.isfinite().all()
+
+
+def test_unknown_estimator_names_the_allowed_ones() -> None:
+    with pytest.raises(ValueError, match="'k4'.*k1, k2, k3"):
+        o.kl_loss(torch.zeros(1), torch.zeros(1), estimator="k4")
+    with pytest.raises(ValueError, match="'k4'.*k1, k2, k3"):
+        kl_estimate(torch.zeros(1), "k4")
 
 
 def test_descent_direction_on_logits() -> None:

@@ -11,6 +11,8 @@ from preftune import objectives as o
 
 PAIR = ("logp_chosen", "logp_rejected")
 REF_PAIR = ("ref_logp_chosen", "ref_logp_rejected")
+LENGTHS = ("len_chosen", "len_rejected")
+COLLISIONS = ("collision_chosen", "collision_rejected")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,38 @@ CASES = [
     Case("ppo_clip", o.ppo_clip, ("logp",), ("logp_old", "advantage"), {"clip": 0.2}),
     Case("value_clip", o.value_clip, ("value",), ("value_old", "target"), {"clip": 0.4}),
     Case("reverse_kl", o.reverse_kl, ("logp",), ("ref_logp", "baseline"), surrogate=True),
-    Case("bradley_terry", o.bradley_terry, ("score_chosen", "score_rejected"), (), {"margin": 0.4}),
+    *(
+        Case(f"kl_loss_{name}", o.kl_loss, ("logp",), ("ref_logp",), {}, {"estimator": name})
+        for name in ("k1", "k2", "k3")
+    ),
+    Case(
+        "bradley_terry",
+        o.bradley_terry,
+        ("score_chosen", "score_rejected"),
+        (),
+        {"margin": 0.4, "label_smoothing": 0.1},
+    ),
+    Case("simpo", o.simpo, PAIR, LENGTHS, {"beta": 2.0, "gamma": 0.5}),
+    Case("orpo", o.orpo, PAIR, LENGTHS, {"odds_weight": 0.3}),
+    Case("cpo", o.cpo, PAIR, (), {"beta": 0.3, "nll_weight": 0.7}),
+    Case("dpop", o.dpop, PAIR, REF_PAIR, {"beta": 0.3, "penalty": 5.0}),
+    Case("robust_dpo", o.robust_dpo, PAIR, REF_PAIR, {"beta": 0.3, "label_smoothing": 0.1}),
+    Case("chi_po", o.chi_po, PAIR, REF_PAIR, {"beta": 0.1, "clip": 4.0}),
+    Case(
+        "wpo",
+        o.wpo,
+        PAIR,
+        (*REF_PAIR, *COLLISIONS, *LENGTHS),
+        {"beta": 0.3, "label_smoothing": 0.1},
+        surrogate=True,
+    ),
+    Case(
+        "kto",
+        o.kto,
+        ("logp",),
+        ("ref_logp", "label", "kl"),
+        {"beta": 0.3, "weight_good": 1.3, "weight_bad": 0.6},
+    ),
 ]
 
 
@@ -53,11 +86,17 @@ every_case = each(CASES)
 
 
 def inputs_of(case: Case, shape: tuple[int, ...] = (2, 3), dtype=torch.float64):
+    """Normal draws about 0; log-probs about -5, all below 0; lengths at least 1 and not whole, so
+    that a gradient into them would show."""
     generator = torch.Generator().manual_seed(7)
-    draw = {
-        name: torch.randn(shape, generator=generator, dtype=dtype)
-        for name in (*case.trained, *case.data)
-    }
+
+    def draw_one(name: str) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=dtype)
+        if "logp" in name:
+            return x - 5
+        return 1 + x.abs() if name in LENGTHS else x
+
+    draw = {name: draw_one(name) for name in (*case.trained, *case.data)}
     return {name: x.requires_grad_() for name, x in draw.items()}
 
 
@@ -67,7 +106,8 @@ def test_all_objectives_are_covered() -> None:
 
 @each([case for case in CASES if not case.surrogate])
 def test_gradient_of_trained_arguments(case: Case) -> None:
-    """Central differences in float64; the surrogate has its own test in test_divergence."""
+    """Central differences in float64; the surrogates have their own tests, in
+    test_divergence and test_dpo_variants."""
     inputs = inputs_of(case)
     data = {name: inputs[name].detach() for name in case.data}
 

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# exp(80) is finite in float32 and bfloat16: forward_kl and alpha clamp their exponents here.
-# Beyond the clamp a response gets no gradient, where the overflow would have given NaN.
-_MAX_EXPONENT = 80.0
+from preftune.objectives._limits import MAX_EXPONENT
+
 _ALPHA_LIMIT = 1e-6
 
 Link = Callable[[Tensor, float | Tensor | None], Tensor]
@@ -22,7 +21,7 @@ def _reverse_kl(log_ratio: Tensor, alpha: float | Tensor | None) -> Tensor:
 
 def _forward_kl(log_ratio: Tensor, alpha: float | Tensor | None) -> Tensor:
     """f(u) = −log u: f'(u) = −1/u."""
-    return -torch.exp((-log_ratio).clamp(max=_MAX_EXPONENT))
+    return -torch.exp((-log_ratio).clamp(max=MAX_EXPONENT))
 
 
 def _js(log_ratio: Tensor, alpha: float | Tensor | None) -> Tensor:
@@ -38,7 +37,7 @@ def _alpha(log_ratio: Tensor, alpha: float | Tensor | None) -> Tensor:
     is_limit = power.abs() < _ALPHA_LIMIT
     # The untaken branch of `where` must be finite too: its gradient would be 0 · NaN.
     power = torch.where(is_limit, torch.ones_like(power), power)
-    score = torch.expm1((power * log_ratio).clamp(max=_MAX_EXPONENT)) / power
+    score = torch.expm1((power * log_ratio).clamp(max=MAX_EXPONENT)) / power
     return torch.where(is_limit, log_ratio, score)
 
 
@@ -143,10 +142,11 @@ def bradley_terry(
     score_rejected: Float[Tensor, "*E"],
     *,
     margin: float | Tensor = 0.0,
+    label_smoothing: float | Tensor = 0.0,
 ) -> Float[Tensor, "*E"]:
     """Bradley-Terry likelihood of a preference, the loss of a reward model.
 
-    L = −log σ(r(x, y_w) − r(x, y_l) − m)
+    L = −(1−ε) log σ(z) − ε log σ(−z),  z = r(x, y_w) − r(x, y_l) − m
 
     Papers: Ouyang et al. 2022, arXiv 2203.02155, eq. 1; the margin: Touvron et al. 2023, arXiv
     2307.09288, eq. 2.
@@ -155,6 +155,8 @@ def bradley_terry(
         score_chosen: [*E], reward, in nats of log-odds.
         score_rejected: [*E], likewise.
         margin: m, in the same unit, the lead that the chosen response must have.
+        label_smoothing: ε, probability that a label is flipped, in [0, 0.5); with a tensor, each
+            pair has its own. The least loss is then at z = log [(1−ε) / ε].
 
     Returns:
         [*E], nats.
@@ -162,4 +164,5 @@ def bradley_terry(
     Valid on labelled pairs from any source; scores are learnt up to a constant a prompt, and only
     where the pairs have mass. No reference is involved.
     """
-    return -F.logsigmoid(score_chosen - score_rejected - margin)
+    lead = score_chosen - score_rejected - margin
+    return -(1 - label_smoothing) * F.logsigmoid(lead) - label_smoothing * F.logsigmoid(-lead)

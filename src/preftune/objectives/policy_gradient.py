@@ -8,14 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# exp(80) is finite in float32 and bfloat16. Without the cap an overflowing ratio at advantage 0
-# would give inf · 0 = NaN; beyond it the gradient is 0, in a regime no trained policy reaches.
-_MAX_LOG_RATIO = 80.0
-
-
-def _clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    # torch takes numbers and tensors alike; its stubs do not take their union.
-    return torch.clamp(x, low, high)  # pyright: ignore[reportArgumentType, reportCallIssue]
+from preftune.objectives._limits import MAX_EXPONENT, clamp
 
 
 def reinforce(logp: Float[Tensor, "*E"], advantage: Float[Tensor, "*E"]) -> Float[Tensor, "*E"]:
@@ -68,8 +61,9 @@ def ppo_clip(
     gradient is that of `reinforce`.
     """
     advantage = advantage.detach()
-    ratio = (logp - logp_old.detach()).clamp(max=_MAX_LOG_RATIO).exp()
-    clipped = _clamp(ratio, 1 - clip, 1 + clip)
+    # Without the limit an overflowing ratio at advantage 0 would give inf · 0 = NaN.
+    ratio = (logp - logp_old.detach()).clamp(max=MAX_EXPONENT).exp()
+    clipped = clamp(ratio, 1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
@@ -104,5 +98,5 @@ def value_clip(
     they were collected.
     """
     value_old, target = value_old.detach(), target.detach()
-    step = _clamp(value - value_old, -clip, clip)
+    step = clamp(value - value_old, -clip, clip)
     return 0.5 * torch.maximum((value - target).square(), (value_old + step - target).square())
