@@ -1,5 +1,6 @@
 """Chunked log-probs against the whole table, and draws that depend on their counters alone."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from preftune.numerics import (
     permutation,
     sample_index,
     stream_key,
+    token_collision,
     token_kl,
     token_log_probs,
     uniform,
@@ -109,8 +111,9 @@ def test_the_table_of_logits_is_never_held(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(numerics, "_logits", record)
     token_log_probs(hidden.requires_grad_(True), weight, target, bias).sum().backward()
     token_kl(hidden, hidden, (weight, bias), (weight, bias))
+    token_collision(hidden, weight, bias)
     assert max(sizes) <= 3 * VOCAB
-    assert sum(sizes) == 4 * ROWS * VOCAB  # forward, backward, and twice in the KL
+    assert sum(sizes) == 5 * ROWS * VOCAB  # forward, backward, twice in the KL, the collision
 
 
 def test_float32_under_bfloat16_autocast() -> None:
@@ -145,6 +148,32 @@ def test_token_kl(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     assert (
         token_kl(ref_hidden, hidden, (ref_weight, ref_bias), (weight, bias)) - kl
     ).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("elements", [VOCAB, 2**25])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_token_collision(monkeypatch: pytest.MonkeyPatch, elements: int, with_bias: bool) -> None:
+    monkeypatch.setattr(numerics, "CHUNK_ELEMENTS", elements)
+    hidden, weight, bias, _ = head(torch.float64)
+    hidden.requires_grad_(True)
+    given = bias if with_bias else None
+    p = (hidden @ weight.T + (bias if with_bias else 0)).softmax(-1)
+    collision = token_collision(hidden, weight, given)
+    torch.testing.assert_close(collision, p.square().sum(-1).log().detach(), rtol=1e-12, atol=1e-12)
+    assert not collision.requires_grad and bool((collision < 0).all())
+
+
+def test_token_collision_at_its_ends_and_widths() -> None:
+    """A uniform distribution has 1 / V, a certain one 1, however large its logits."""
+    eye = torch.eye(VOCAB)
+    uniform_one = token_collision(torch.zeros(1, VOCAB), eye)
+    torch.testing.assert_close(uniform_one, torch.tensor([-math.log(VOCAB)]))
+    assert token_collision(1e4 * eye[:1], eye).tolist() == [0.0]
+    hidden, weight, bias, _ = head(torch.bfloat16)
+    exact = token_collision(hidden.float(), weight.float(), bias.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = token_collision(hidden, weight, bias)
+    assert narrow.dtype == torch.float32 and torch.equal(narrow, exact)
 
 
 def test_masked_sum_ignores_nan() -> None:

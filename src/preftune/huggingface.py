@@ -8,7 +8,7 @@ import inspect
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -153,16 +153,26 @@ def _load(auto: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def _load_weights(auto: Any, name: str, dtype: torch.dtype) -> Any:
-    """A model all of whose weights stand in its files: transformers fills gaps with noise."""
-    model, found = _load(auto, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+def _load_weights(auto: Any, name: str, dtype: torch.dtype, new: str = "", **options: Any) -> Any:
+    """A model all of whose weights stand in its files: transformers fills gaps with noise.
+
+    Args:
+        new: the module whose weights may be lacking; they are zero then.
+    """
+    model, found = _load(
+        auto, name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
     missing = sorted(found["missing_keys"])
+    fresh = [key for key in missing if new and key.startswith(f"{new}.")]
+    missing = [key for key in missing if key not in fresh]
     if missing:
         few = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
         raise UserError(
             f"model '{name}': its files lack {len(missing)} of the weights ({few}). "
             "Give a whole model of this kind."
         )
+    for key in fresh:
+        torch.nn.init.zeros_(model.get_parameter(key))
     return model.eval()
 
 
@@ -193,18 +203,76 @@ def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = _load(AutoConfig, name)
-    architectures = config.architectures or []
-    if not any("SequenceClassification" in a for a in architectures):
+    if not _is_classifier(config):
         raise UserError(
-            f"reward '{name}': is {', '.join(architectures) or 'of unknown kind'}, not a "
-            "sequence-classification model. A reward model has a head with one output."
+            f"reward '{name}': is {', '.join(config.architectures or []) or 'of unknown kind'}, "
+            "not a sequence-classification model. A reward model has a head with one output."
         )
+    _check_outputs(config, name)
+    model = _load_weights(AutoModelForSequenceClassification, name, dtype)
+    return model, load_tokenizer(name)
+
+
+def _is_classifier(config: Any) -> bool:
+    return any("SequenceClassification" in a for a in config.architectures or [])
+
+
+def _check_outputs(config: Any, name: str) -> None:
     if config.num_labels != 1:
         raise UserError(
             f"reward '{name}': its head has {config.num_labels} outputs; a reward model has one."
         )
-    model = _load_weights(AutoModelForSequenceClassification, name, dtype)
-    return model, load_tokenizer(name)
+
+
+def classifier_from(name: str, dtype: torch.dtype) -> Any:
+    """A classifier with one output, to be trained: a causal model's weights under a head of zeros.
+
+    A folder or Hub id that is such a classifier already keeps its head. In eval mode (dropout off).
+
+    Raises:
+        UserError: no such model, weights are lacking, or its architecture has no such classifier.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig
+
+    folder = resolve_model(name)
+    config: Any = _load(AutoConfig, folder)
+    new = not _is_classifier(config)
+    if new:
+        _check_architecture(config, name)
+        config.num_labels = 1
+    _check_outputs(config, name)
+    head = "score" if new else ""
+    model = _load_weights(
+        AutoModelForSequenceClassification, folder, dtype, new=head, config=config
+    )
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(
+            f"model '{name}': a {type(model).__name__} does not read the last token. "
+            "Give a decoder, as Llama or Qwen, to make a reward model of it."
+        )
+    with suppress(OSError, ValueError):  # most classifiers have none; further end ids stand in it
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _check_architecture(config: Any, name: str) -> None:
+    """Whether transformers can make a classifier of a causal model."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
+
+    called = ", ".join(config.architectures or []) or f"of the kind '{config.model_type}'"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model '{name}': is {called}, not a causal language model. A reward model is made of "
+            "one, or is a sequence-classification model with one output."
+        )
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"model '{name}': is {called}, of which transformers has no sequence-classification "
+            "model. Give one of another architecture, as Llama, Qwen, GPT-2, GPT-NeoX or OPT."
+        )
 
 
 def accepted(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:

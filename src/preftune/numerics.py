@@ -89,6 +89,23 @@ def token_log_probs(
         )  # type: ignore[return-value]
 
 
+def token_collision(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    bias: Float[Tensor, " V"] | None = None,
+) -> Float[Tensor, " M"]:
+    """log sum_v p(v)^2 of the next-token distribution at each position, in nats.
+
+    By chunks, in float32 at least, and without a gradient.
+    """
+    out = []
+    size = max(1, CHUNK_ELEMENTS // len(weight))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for h in hidden.split(size):
+            out.append(_wide_logits(h, weight, bias).log_softmax(-1).mul_(2).logsumexp(-1))
+    return torch.cat(out)
+
+
 def token_kl(
     hidden: Float[Tensor, "M D"],
     ref_hidden: Float[Tensor, "M D2"],

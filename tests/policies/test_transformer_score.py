@@ -15,6 +15,7 @@ from preftune.policies.capabilities import UNLIMITED, head_is_a_product, share_w
 from preftune.policies.packing import pack
 from preftune.policies.scoring import micro_batches, score_all, sizes
 from preftune.policies.transformer import Transformer
+from preftune.policies.trunk import Trunk
 from preftune.samples import Samples
 
 NEAR = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -141,7 +142,7 @@ def test_rows_longer_than_the_window_are_not_shared(
         tiny.score(scorer, short).detach(), reference(model, short), rtol=0, atol=1e-10
     )
     # the rows above are such that a missing window shows
-    scorer._window = UNLIMITED
+    scorer.trunk.window = UNLIMITED
     assert float((tiny.score(scorer, s).detach() - reference(model, s)).abs().max()) > 1e-2
 
 
@@ -149,16 +150,44 @@ def rows_of_a_forward(scorer: Transformer, s: Samples, monkeypatch: pytest.Monke
     """How many rows the decoder is given."""
     seen = []
 
-    def spy(self: Transformer, module: Any, layout: Any) -> Any:
+    def spy(self: Trunk, module: Any, layout: Any, **options: Any) -> Any:
         seen.append(len(layout.input_ids))
-        return original(self, module, layout)
+        return original(self, module, layout, **options)
 
-    original = Transformer._forward
+    original = Trunk.forward
     with monkeypatch.context() as patch:
-        patch.setattr(Transformer, "_forward", spy)
+        patch.setattr(Trunk, "forward", spy)
         tiny.score(scorer, s)
     (rows,) = seen
     return rows
+
+
+@pytest.mark.parametrize("unheard", ["attention_mask", "position_ids"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_model_that_does_not_heed_the_layout_is_found(dtype: torch.dtype, unheard: str) -> None:
+    """Weights as small as a fresh model's, whose log-probs would hardly tell."""
+    for spread in (0.02, 0.3):
+        model = tiny.make("llama", dtype, initializer_range=spread)
+        assert Transformer(model, end_ids=[tiny.END]).share_prefix
+        inner, forward = model.base_model, model.base_model.forward
+
+        def deaf(
+            input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None,
+            forward: Any = forward, **more: Any,
+        ) -> Any:  # fmt: skip
+            heard = {"attention_mask": attention_mask, "position_ids": position_ids}
+            return forward(input_ids, **(heard | {unheard: None}), **more)
+
+        inner.forward = deaf
+        assert not Transformer(model, end_ids=[tiny.END]).share_prefix
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_probe_is_not_rounded_by_autocast(name: str) -> None:
+    trunks = [tiny.policy(name, torch.float32, autocast=x).trunk for x in (None, torch.bfloat16)]
+    for shared in (True, False):
+        exact, same = (trunk.probe(shared=shared) for trunk in trunks)
+        assert torch.equal(exact, same)
 
 
 def test_share_window_reads_the_configuration() -> None:

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from preftune.numerics import batches
-from preftune.policies.base import Policy
+from preftune.policies.base import Trainable
 from preftune.samples import Samples
+
+LOGP = frozenset({"logp"})
 
 
 def sizes(samples: Samples) -> list[int]:
@@ -25,13 +27,20 @@ def micro_batches(samples: Samples, budget: int | None) -> list[Tensor]:
 
 
 @torch.no_grad()
-def score_all(policy: Policy, samples: Samples, budget: int | None) -> Tensor:
-    """Log-probs of every response token, [*R, N, K, T], without gradients, in pieces."""
+def outputs_all(
+    model: Trainable, samples: Samples, budget: int | None, names: frozenset[str]
+) -> dict[str, Tensor]:
+    """The model's outputs for a whole round, without gradients, in pieces."""
     parts = micro_batches(samples, budget)
-    scored = []
-    for index in parts:
-        s = samples.take(index)
-        scored.append(policy.score(s.prompt, s.prompt_mask, s.tokens, s.mask).cpu())
+    scored = [model.outputs(samples.take(index), names) for index in parts]
     axis = samples.row.ndim - 1
     order = torch.argsort(torch.cat(parts))
-    return torch.cat(scored, axis).index_select(axis, order)
+    return {
+        name: torch.cat([s[name].cpu() for s in scored], axis).index_select(axis, order)
+        for name in names
+    }
+
+
+def score_all(policy: Trainable, samples: Samples, budget: int | None) -> Tensor:
+    """Log-probs of every response token, [*R, N, K, T], without gradients, in pieces."""
+    return outputs_all(policy, samples, budget, LOGP)["logp"]

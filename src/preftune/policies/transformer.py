@@ -1,28 +1,25 @@
-"""Any Hugging Face causal language model as a policy.
-
-Dropout is off throughout (a reference with dropout blurs every log-ratio). Weights are float32, or
-float64 for checks; where the processor is faster in bfloat16 the trunk computes in it by autocast,
-and the head and everything after it stays in float32.
-"""
+"""Any Hugging Face causal language model as a policy, with or without a value head."""
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from preftune.huggingface import accepted
-from preftune.numerics import token_kl, token_log_probs
-from preftune.policies.capabilities import head_is_a_product, share_window
+from preftune.errors import UserError
+from preftune.numerics import token_collision, token_kl, token_log_probs
+from preftune.policies.capabilities import head_is_a_product
 from preftune.policies.packing import Layout, pack
-from preftune.samples import Samples
+from preftune.policies.trunk import Trunk
+from preftune.samples import Samples, pad_stack
 from preftune.sampling.decoding import Decoding, Uniform
 from preftune.sampling.local import generate
 
 log = logging.getLogger("preftune")
+OUTPUTS = frozenset({"logp", "value", "collision"})
 
 
 class Transformer:
@@ -38,86 +35,109 @@ class Transformer:
         decoding: Decoding | None = None,
         autocast: torch.dtype | None = None,
         share_prefix: bool | None = None,
+        value_head: bool = False,
+        controls: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> None:
         """
         Args:
-            model: a causal language model, as transformers loads it.
+            model: a causal language model, as transformers or peft gives it.
             end_ids: token ids that end a response.
             decoding: how responses are drawn.
             autocast: compute dtype of the trunk; None computes in the weights' own.
             share_prefix: a prompt once for all of its responses; None decides by trying.
+            value_head: also estimate the reward before each response token, 0 to begin with.
+            controls: token ids that ask for a bad and for a good response.
         """
-        self.model = model.eval()
+        self.trunk = Trunk(model, autocast=autocast, share_prefix=share_prefix)
         self.end_ids = tuple(end_ids)
         self.decoding = decoding or Decoding()
-        self.autocast = autocast
+        self.controls = controls
         self.exact_sampler = autocast is None
-        self._whole_model = not head_is_a_product(model)
-        self._window = share_window(model)
-        able = share_prefix is not False and self._can_share()
-        if share_prefix and not able:
-            log.warning("share_prefix: not possible with this model; rows hold one response each")
-        self.share_prefix = able
+        self._whole_model = not head_is_a_product(self.trunk.whole)
+        self.value_head = self._new_value_head() if value_head else None
+
+    @property
+    def model(self) -> Any:
+        """The causal language model."""
+        return self.trunk.model
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Compute dtype of the trunk; None is the weights' own."""
+        return self.trunk.autocast
+
+    @property
+    def share_prefix(self) -> bool:
+        """A prompt is computed once for all of its responses, where they fit."""
+        return self.trunk.share_prefix
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        return self.trunk.device
 
-    def _amp(self) -> torch.autocast:
-        enabled = self.autocast is not None
-        return torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=enabled)
+    def _new_value_head(self) -> torch.nn.Linear:
+        """Value 0 everywhere; where the hidden state stands in its forward says how wide it is."""
+        width = self.trunk.probe(shared=False).shape[-1]
+        head = torch.nn.Linear(width, 1, device=self.device, dtype=self.trunk.wide)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        return head
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
-        head = self.model.get_output_embeddings()
+        head = self.trunk.whole.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
-    def _forward(self, module: Any, layout: Layout) -> Any:
-        inputs = {
-            "input_ids": layout.input_ids.to(self.device),
-            "attention_mask": layout.attention_mask.to(self.device),
-            "position_ids": layout.position_ids.to(self.device),
-            "use_cache": False,
+    def _whole_log_probs(
+        self, layout: Layout, *, hidden: bool = False
+    ) -> tuple[Float[Tensor, "M V"], Float[Tensor, "M D"] | None]:
+        """All log-probs, for heads that do more than one product, and the last hidden state."""
+        out = self.trunk.forward(self.trunk.whole, layout, output_hidden_states=hidden)
+        logits = self.trunk.predicting(out.logits, layout)
+        states = self.trunk.predicting(out.hidden_states[-1], layout) if hidden else None
+        return logits.to(self.trunk.wide).log_softmax(-1), states
+
+    def _outputs(
+        self, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor,
+        names: frozenset[str],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """`outputs`, of tensors. No padded position is ever computed into a sum."""
+        assert names <= OUTPUTS, f"a language model gives no {', '.join(sorted(names - OUTPUTS))}"
+        shared = self.trunk.shares(prompt_mask, mask)
+        layout = pack(prompt, prompt_mask, tokens, mask, shared=shared)
+        target = tokens[mask].to(self.device)
+        flat: dict[str, Tensor] = {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"collision"}):
+            if self._whole_model:
+                table, hidden = self._whole_log_probs(layout, hidden="value" in names)
+                if "logp" in names:
+                    flat["logp"] = table.gather(-1, target[:, None]).squeeze(-1)
+                if "collision" in names:
+                    flat["collision"] = (2 * table.detach()).logsumexp(-1)
+            else:
+                hidden = self.trunk.hidden(layout)
+                weight, bias = self._head()
+                if "logp" in names:
+                    flat["logp"] = token_log_probs(hidden, weight, target, bias)
+                if "collision" in names:
+                    flat["collision"] = token_collision(hidden, weight, bias)
+            if "value" in names:
+                assert self.value_head is not None, "this policy was built without a value head"
+                assert hidden is not None, "asked for above"
+                flat["value"] = self.trunk.one_number(self.value_head, hidden)
+        # losses are formed on the CPU: a few numbers a response, wherever the model is
+        return {
+            name: torch.zeros(mask.shape, dtype=x.dtype).masked_scatter(mask, x.cpu())
+            for name, x in flat.items()
         }
-        with self._amp():
-            return module(**accepted(module, inputs))
 
-    def _hidden(self, layout: Layout) -> Float[Tensor, "M D"]:
-        """Last hidden state at each predicting position."""
-        out = self._forward(self.model.base_model, layout).last_hidden_state
-        return out.flatten(0, 1)[layout.predict.to(self.device)]
+    def outputs(self, samples: Samples, names: frozenset[str]) -> dict[str, Tensor]:
+        """See `Trainable.outputs`: of logp, value and collision, each [n, K, T], those named.
 
-    def _whole_log_probs(self, layout: Layout) -> Float[Tensor, "M V"]:
-        """All log-probs at each predicting position, for heads that do more than one product."""
-        out = self._forward(self.model, layout).logits
-        logits = out.flatten(0, 1)[layout.predict.to(self.device)]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-    def _shares(self, prompt_mask: Tensor, mask: Tensor) -> bool:
-        """Whether the responses of a prompt share a row."""
-        longest = prompt_mask.sum(-1) + mask.sum(-1).amax(-1)
-        return self.share_prefix and int(longest.max()) <= self._window
-
-    @torch.no_grad()
-    def _can_share(self) -> bool:
-        """Whether two responses in one row score as they do in rows of their own."""
-        vocab = self.model.config.get_text_config().vocab_size
-        prompt = torch.tensor([[3, 5, 7]]) % vocab
-        tokens = torch.tensor([[[11, 13, 17, 19], [23, 29, 31, 37]]]) % vocab
-        if self._window < prompt.shape[-1] + tokens.shape[-1]:
-            return False
-        inputs = (prompt, torch.ones_like(prompt).bool(), tokens, torch.ones_like(tokens).bool())
-        probe = copy.copy(self)
-        probe.autocast = None  # its rounding would hide a wrong mask
-        probe.share_prefix = False
-        apart = probe.score(*inputs)
-        probe.share_prefix = True
-        try:
-            together = probe.score(*inputs)
-        except (RuntimeError, ValueError, TypeError):
-            return False
-        near = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.model.dtype, 0.1)
-        return torch.allclose(apart, together, rtol=0.0, atol=near)
+        Float32 at least. The gradient of `value` reaches the trunk as that of `logp` does.
+        """
+        s = samples
+        return self._outputs(s.prompt, s.prompt_mask, s.tokens, s.mask, names)
 
     def score(
         self,
@@ -126,17 +146,8 @@ class Transformer:
         tokens: Int[Tensor, "n K T"],
         mask: Bool[Tensor, "n K T"],
     ) -> Float[Tensor, "n K T"]:
-        """See `Policy.score`. Float32 at least; no padded position is ever computed into a sum."""
-        shared = self._shares(prompt_mask, mask)
-        layout = pack(prompt, prompt_mask, tokens, mask, shared=shared)
-        target = tokens[mask].to(self.device)
-        if self._whole_model:
-            flat = self._whole_log_probs(layout).gather(-1, target[:, None]).squeeze(-1)
-        else:
-            weight, bias = self._head()
-            flat = token_log_probs(self._hidden(layout), weight, target, bias)
-        # losses are formed on the CPU: a few numbers a response, wherever the model is
-        return torch.zeros(mask.shape, dtype=flat.dtype).masked_scatter(mask, flat.cpu())
+        """See `Policy.score`. Float32 at least."""
+        return self._outputs(prompt, prompt_mask, tokens, mask, frozenset({"logp"}))["logp"]
 
     @torch.no_grad()
     def sample(
@@ -148,10 +159,11 @@ class Transformer:
         origin: int,
     ) -> Samples:
         """See `Policy.sample`. Token ids are kept as drawn, never decoded and tokenised again."""
-        with self._amp():
+        with self.trunk.running():
             drawn = generate(
-                self.model, prompt, prompt_mask, num_responses, uniform, self.decoding, self.end_ids
-            )
+                self.trunk.whole, prompt, prompt_mask, num_responses, uniform, self.decoding,
+                self.end_ids,
+            )  # fmt: skip
         return Samples(
             prompt=prompt,
             prompt_mask=prompt_mask,
@@ -163,41 +175,93 @@ class Transformer:
             logp=drawn.logp,
         )
 
+    def condition(
+        self,
+        prompt: Int[Tensor, "n P"],
+        prompt_mask: Bool[Tensor, "n P"],
+        good: Bool[Tensor, " n"],
+    ) -> tuple[Int[Tensor, "n P2"], Bool[Tensor, "n P2"]]:
+        """See `Policy.condition`: the control ids stand at the end of each prompt."""
+        assert self.controls is not None, "this policy was built without control tokens"
+        controls = [torch.tensor(list(ids), dtype=prompt.dtype) for ids in self.controls]
+        rows = zip(prompt, prompt_mask, good.tolist(), strict=True)
+        return pad_stack([torch.cat([p[m], controls[int(g)]]) for p, m, g in rows], left=True)
+
     @torch.no_grad()
     def step_kl(self, reference: "Transformer", samples: Samples) -> Float[Tensor, "n K T"]:
         """See `Policy.step_kl`."""
         s = samples
-        shared = all(x._shares(s.prompt_mask, s.mask) for x in (self, reference))
+        shared = all(x.trunk.shares(s.prompt_mask, s.mask) for x in (self, reference))
         layout = pack(s.prompt, s.prompt_mask, s.tokens, s.mask, shared=shared)
         if self._whole_model or reference._whole_model:
-            logp, ref_logp = self._whole_log_probs(layout), reference._whole_log_probs(layout)
+            logp, ref_logp = (x._whole_log_probs(layout)[0] for x in (self, reference))
             flat = (logp.exp() * (logp - ref_logp)).sum(-1)
         else:
-            hidden, ref_hidden = self._hidden(layout), reference._hidden(layout)
+            hidden, ref_hidden = self.trunk.hidden(layout), reference.trunk.hidden(layout)
             flat = token_kl(hidden, ref_hidden, self._head(), reference._head())
         out = torch.zeros(samples.mask.shape, dtype=flat.dtype)
         return out.masked_scatter(samples.mask, flat.cpu())
 
-    def parameters(self) -> Iterable[Tensor]:
-        """See `Policy.parameters`."""
-        return (p for p in self.model.parameters() if p.requires_grad)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Policy.tensors`: the model's weights, tied ones once, then the value head's."""
+        yield from self.model.named_parameters()
+        if self.value_head is not None:
+            yield from self.value_head.named_parameters(prefix="value_head")
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        """See `Policy.named_parameters`."""
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        """See `Policy.named_parameters`: the model's, by its own names, then the value head's."""
+        if self.trunk.adapter_off:  # they are the policy's
+            return ()
+        return ((name, p) for name, p in self.tensors() if p.requires_grad)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """See `Policy.parameters`."""
+        return (p for _, p in self.named_parameters())
 
     def frozen_copy(self) -> "Transformer":
-        """See `Policy.frozen_copy`."""
+        """See `Policy.frozen_copy`; it has no value head.
+
+        Of a model with an adapter it is the base model, whose weights it shares: with the adapter
+        off in every forward pass.
+        """
         twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        twin.value_head = None
+        if not self.trunk.has_adapter:
+            twin.trunk = self.trunk.frozen_copy()
+            return twin
+        twin.trunk = self.trunk.without_adapter()
+        if not torch.equal(twin.trunk.probe(shared=False), self.trunk.probe(shared=False)):
+            log.warning(
+                "adapter: it already changes the model. The reference is the model without it; "
+                "merge the adapter into the weights to start from it."
+            )
         return twin
 
+    @torch.no_grad()
+    def follow(self, other: Any, decay: float) -> None:
+        """See `Policy.follow`; `other` has the same architecture."""
+        if self.trunk.adapter_off:
+            raise UserError(
+                "reference_update needs a reference with weights of its own: beside an adapter it "
+                "is the base model with the adapter off. Set reference_update to fixed."
+            )
+        own, theirs = dict(self.tensors()), dict(other.tensors())
+        differing = [n for n, x in own.items() if n not in theirs or theirs[n].shape != x.shape]
+        if differing:
+            raise UserError(
+                f"reference_update needs a reference of the model's own architecture; "
+                f"'{differing[0]}' differs. Set reference_update to fixed."
+            )
+        for name, tensor in own.items():
+            tensor.lerp_(theirs[name].to(tensor), 1 - decay)
+
     def with_model(self, model: Any) -> "Transformer":
-        """The same settings around another model, without gradients."""
+        """The same settings around another model, without gradients and value head."""
         return Transformer(
             model.requires_grad_(False),
             end_ids=self.end_ids,
             decoding=self.decoding,
             autocast=self.autocast,
             share_prefix=None if self.share_prefix else False,
+            controls=self.controls,
         )
