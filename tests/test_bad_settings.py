@@ -146,7 +146,7 @@ def test_yaml_never_runs_code(refused, here):
         ("a: [\n", ["line 2"]),
         ("betta: 1\nnum_generations: 2\n1: 2\n", ["'beta'", "'samples_per_prompt'", "'1'"]),
         ("beta: -1\nbatch_size: many\n", ["'beta' is -1", "'batch_size' is 'many'"]),
-        ("method: {nme: mine, terms: []}\n", ["method.nme", "'name' and 'terms'"]),
+        ("method: {nme: mine, terms: []}\n", ["method.nme", "Did you mean 'name'"]),
         ("method: {name: mine, terms: 3}\n", ["'terms' must be a list"]),
     ],
 )
@@ -171,7 +171,7 @@ def test_no_such_yaml(refused, here):
         ({"source": {"name": "on_policy", "passes": 0}}, "terms.0.source.passes: must be 1"),
         ({"labeller": "demonstration"}, "compares chosen and rejected"),
         ({"labeller": "nope"}, "terms.0.labeller: 'nope' is unknown"),
-        ({"objective": "dop"}, "Did you mean 'dpo'"),
+        ({"objective": "rienforce"}, "Did you mean 'reinforce'"),
         ({"objective": "nomodule:x"}, "'nomodule:x' cannot be used"),
         ({"objective": "math:sqrt", "settings": {}}, "nothing provides 'x'"),
         ({"settings": {}}, "dpo needs 'beta'"),

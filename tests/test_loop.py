@@ -11,7 +11,7 @@ from preftune import loop, methods
 from preftune import objectives as o
 from preftune.errors import GuardStop
 from preftune.labellers import BestWorst, GivenPreference, Unlabelled
-from preftune.policies.categorical import Categorical
+from preftune.policies.categorical import Categorical, TabularReward
 from preftune.rounds import World, group_terms, next_minibatch, refill, updates_per_epoch
 from preftune.samples import DATA, Samples
 from preftune.sources import Offline, OnPolicy, Reference
@@ -54,10 +54,19 @@ def equal(samples: Samples) -> Tensor:
     return torch.zeros(samples.finished.shape, dtype=torch.float64)
 
 
-def make_world(reward=by_arm, seed: int = 0, batch_size: int = 4, **more) -> World:
+def make_world(
+    reward=by_arm, seed: int = 0, batch_size: int = 4, name: str = "dpo", **more
+) -> World:
+    """A table with what the row of that name needs."""
     generator = torch.Generator().manual_seed(seed)
-    policy = Categorical(torch.randn(STATES, ARMS, generator=generator, dtype=torch.float64))
-    reference = Categorical(torch.randn(STATES, ARMS, generator=generator, dtype=torch.float64))
+    row = methods.get(name)
+    logits, ref_logits = torch.randn(2, STATES, ARMS, generator=generator, dtype=torch.float64)
+    if "score" in row.outputs:
+        policy = TabularReward(torch.zeros_like(logits))
+    else:
+        controls = any(getattr(t.source, "take", "") == "conditioned" for t in row.terms)
+        policy = Categorical(logits, value_head="value" in row.needs, controls=controls)
+    reference = Categorical(ref_logits)
     return World(
         policy=policy, reference=reference, data=Pairs(), prompts=Pairs(), reward=reward, seed=seed,
         batch_size=batch_size, micro_batch_tokens=None, **more,
@@ -80,7 +89,7 @@ def run(name: str, world: World, **more) -> tuple[loop.State, list[dict]]:
 
 @pytest.mark.parametrize("name", list(methods.table()))
 def test_every_row_runs_on_a_table(name):
-    state, logged = run(name, make_world())
+    state, logged = run(name, make_world(name=name))
     assert [m["step"] for m in logged] == list(range(1, 7))
     assert all(math.isfinite(m["loss"]) for m in logged)
 

@@ -19,12 +19,36 @@ from preftune.terms import Term
 AXES = {
     "sft": (False, True, False),
     "pref_ft": (False, True, False),
+    "binary_feedme": (False, True, False),
+    "binary_reward_conditioning": (False, True, False),
+    "rwr": (True, True, False),
+    "offline_rwr": (False, True, False),
     "best_of_n": (False, True, False),
+    "on_policy_best_of_n": (True, True, False),
+    "reinforce": (True, False, True),
+    "rloo": (True, False, True),
+    "ppo": (True, True, True),
     "dpo": (False, True, True),
     "ipo": (False, True, True),
     "on_policy_dpo": (True, True, True),
-    "on_policy_best_of_n": (True, True, False),
+    "on_policy_ipo": (True, True, True),
     "hypo": (False, True, True),
+    "half_and_half": (True, True, True),
+    "chosen_vs_own": (True, True, True),
+    "cdpo": (False, True, True),
+    "robust_dpo": (False, True, True),
+    "ln_dpo": (False, True, True),
+    "dpo_nll": (False, True, True),
+    "dpop": (False, True, True),
+    "wpo": (False, True, True),
+    "chi_po": (False, True, True),
+    "simpo": (False, True, True),
+    "orpo": (False, True, True),
+    "cpo": (False, True, True),
+    "kto": (False, True, True),
+    "xpo": (True, False, True),
+    "grpo": (True, False, True),
+    "reward": (False, True, False),
 }
 
 
@@ -135,7 +159,7 @@ def test_a_users_row_in_plain_data():
     ("change", "message"),
     [
         ({"source": "offlin"}, "Did you mean 'offline'"),
-        ({"objective": "dop"}, "Did you mean 'dpo'"),
+        ({"objective": "reinforc"}, "Did you mean 'reinforce'"),
         ({"settings": {"betta": 1}}, "beta"),
         ({"wieght": 1}, "Did you mean 'weight'"),
         ({"share": 2.0}, "share"),
@@ -162,7 +186,13 @@ def test_the_machinery_names_no_method():
         "terms",
         "measures",
         "sources",
-        "labellers",
+        "kl_control",
+        "collecting",
+        "labellers/base",
+        "labellers/given",
+        "labellers/ranked",
+        "labellers/weighted",
+        "checkpoint",
         "training",
         "parts",
         "evaluate",
@@ -173,4 +203,4 @@ def test_the_machinery_names_no_method():
             for n in ast.walk(tree)
             if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
-        assert not strings & set(AXES), part
+        assert not strings & (set(AXES) - {"reward"}), part  # a reward is also what it is

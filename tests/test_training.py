@@ -74,8 +74,11 @@ def test_step_one_starts_at_the_reference(method, tiny_model, pairs_file, tmp_pa
         settings(tiny_model, pairs_file, tmp_path / "r", method=method, max_steps=1),
         reward=length_reward,
     )
-    assert run.metrics[0]["log_ratio_chosen"] == 0 and run.metrics[0]["log_ratio_rejected"] == 0
-    if method.endswith("dpo"):
+    first = run.metrics[0]
+    assert first.get("log_ratio_chosen", 0) == 0 and first.get("log_ratio_rejected", 0) == 0
+    assert first.get("kl", 0) == 0
+    assert {"log_ratio_chosen", "kl"} & set(first) or method == "kto"
+    if method in ("dpo", "on_policy_dpo", "ln_dpo", "half_and_half", "chosen_vs_own"):
         assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from preftune.collecting import Cursor
 from preftune.loop import State
 from preftune.rounds import Group, Round
 from preftune.samples import Batch, Samples
-from preftune.sources import Cursor
 
 KEEP = 2
 
@@ -35,6 +35,8 @@ def save(run: State, folder: Path) -> Path:
     tensors: dict[str, Tensor] = {}
     names = [name for name, _ in run.world.policy.named_parameters()]
     tensors |= {f"policy/{n}": p.detach() for n, p in run.world.policy.named_parameters()}
+    if run.method.reference_update != "fixed" and run.world.reference is not None:
+        tensors |= {f"reference/{n}": t.detach() for n, t in run.world.reference.tensors()}
     moments = run.optimizer.state_dict()["state"]
     for i, state in moments.items():
         tensors |= {f"optimizer/{names[i]}/{k}": v for k, v in state.items()}
@@ -86,6 +88,9 @@ def load(run: State, path: Path) -> None:
         for name, parameter in run.world.policy.named_parameters():
             names.append(name)
             parameter.copy_(tensors[f"policy/{name}"])
+        if run.method.reference_update != "fixed" and run.world.reference is not None:
+            for name, tensor in run.world.reference.tensors():
+                tensor.copy_(tensors[f"reference/{name}"])
     state: dict[int, dict[str, Tensor]] = {}
     for i, name in enumerate(names):
         prefix = f"optimizer/{name}/"
@@ -104,6 +109,7 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
         _put_samples(kept, f"{prefix}/kept{row}", tensors)
     saved: dict[str, Any] = {
         "cursor": asdict(group.cursor),
+        "queries": group.queries,
         "kept": sorted(group.kept),
         "round": None,
     }
@@ -127,7 +133,7 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
 def _restore_group(
     group: Group, saved: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]
 ) -> None:
-    group.cursor = Cursor(**saved["cursor"])
+    group.cursor, group.queries = Cursor(**saved["cursor"]), saved["queries"]
     group.kept = {row: _get_samples(f"{prefix}/kept{row}", tensors) for row in saved["kept"]}
     group.states = [_under(f"{prefix}/labeller{i}/", tensors) for i in range(len(group.terms))]
     group.round = None

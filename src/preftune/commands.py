@@ -4,20 +4,18 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from preftune import huggingface, loading, methods, rewards, spec
+from preftune import huggingface, loading, meanings, methods, spec
 from preftune.config import Config
 from preftune.data import Renderer, Rows, check_end_token, inspect_rows, trivial_rules
 from preftune.errors import UserError
-from preftune.evaluate import Answers, Figures, answer, figures
+from preftune.evaluate import answer
 from preftune.numerics import masked_sum
 from preftune.policies.scoring import score_all
 from preftune.policies.transformer import Transformer
-from preftune.runs import RunFolder
 
 Tick = Callable[[int, int], None]
 RULE_ROWS = 64
@@ -58,19 +56,24 @@ def method_row(name: str) -> dict[str, Any]:
     return {
         **entry,
         "summary": row.summary,
+        "note": row.note,
         "settings": spec.to_data(row),
+        "meanings": meanings.of_row(row),
+        "reference_update": row.reference_update,
         "defaults": dict(row.defaults),
     }
 
 
-def _model(config: Config, name: str) -> tuple[Transformer, Any]:
+def model_of(config: Config, name: str) -> tuple[Transformer, Any]:
+    """A model by name, and its tokenizer."""
     tokenizer = huggingface.load_tokenizer(name)
     return loading.make_policy(
         config.model_copy(update={"model": name}), None, tokenizer
     ), tokenizer
 
 
-def _prompts(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows, Renderer]:
+def prompts_of(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows, Renderer]:
+    """The rows that are answered, and their renderer."""
     source = config.prompts or config.data
     if source is None:
         raise UserError("prompts: give --prompts a file or a Hub id.")
@@ -82,59 +85,16 @@ def _prompts(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows,
     return rows, renderer
 
 
-def _default_reference(config: Config) -> str | None:
-    """The model that a run started from, where --model is a run's."""
-    for folder in (Path(config.model), Path(config.model).parent):
-        if (folder / "config.yaml").is_file():
-            before = RunFolder(folder).read_config()
-            return before.get("reference") or before.get("model")
-    return None
-
-
-def evaluate(config: Config, tick: Tick = lambda done, total: None) -> tuple[Figures, list[str]]:
-    """Reward, KL, win rate and length of a model on prompts; and notes for the user."""
-    reward = loading.make_reward(config.reward, config.reward_weights)
-    gold = loading.make_reward(config.gold, None)
-    reference_name = config.reference or _default_reference(config)
-    policy, tokenizer = _model(config, config.model)
-    rows, renderer = _prompts(config, policy, tokenizer)
-    reference = None
-    notes = []
-    if reference_name is not None:
-        reference = loading.make_reference(
-            config.model_copy(update={"reference": reference_name}), policy
-        )
-        notes.append(f"reference: {reference_name}")
-    else:
-        notes.append("no reference given: no KL and no win rate")
-    if rewards.is_open(reward) or rewards.is_open(gold):
-        target = loading.measured_mode(reference or policy, rows)
-        reward, gold = (r and rewards.aimed(r, target) for r in (reward, gold))
-    judges = {r.name: loading.judge_of(r, rows, renderer) for r in (reward, gold) if r is not None}
-    per_prompt = config.samples_per_prompt or 1
-    budget = config.micro_batch_tokens or loading.CPU_MICRO_BATCH_TOKENS
-
-    def answers(of: Transformer, away_from: Transformer | None) -> Answers:
-        return answer(
-            of, away_from, rows, judges, samples_per_prompt=per_prompt, seed=config.seed,
-            micro_batch_tokens=budget, progress=tick,
-        )  # fmt: skip
-
-    mine = answers(policy, reference)
-    against = answers(reference, None) if reference is not None and judges else None
-    return figures(mine, against, config.seed), notes
-
-
 def sample(
     config: Config, versus: str | None, tick: Tick = lambda done, total: None
 ) -> list[dict[str, Any]]:
     """Responses with log-probs, one dict each; with `versus`, another model's beside them."""
-    policy, tokenizer = _model(config, config.model)
-    rows, renderer = _prompts(config, policy, tokenizer)
+    policy, tokenizer = model_of(config, config.model)
+    rows, renderer = prompts_of(config, policy, tokenizer)
     sides = [_drawn(config, policy, rows, renderer, tick)]
     if versus is not None:
-        other, other_tokenizer = _model(config, versus)
-        other_rows, other_renderer = _prompts(config, other, other_tokenizer)
+        other, other_tokenizer = model_of(config, versus)
+        other_rows, other_renderer = prompts_of(config, other, other_tokenizer)
         sides.append(_drawn(config, other, other_rows, other_renderer, tick))
     if versus is None:
         return sides[0]
@@ -180,7 +140,7 @@ def inspect(
     """
     if config.data is None:
         raise UserError("data: give --data a file or a Hub id.")
-    policy, tokenizer = _model(config, config.model)
+    policy, tokenizer = model_of(config, config.model)
     renderer = loading.make_renderer(config, tokenizer, policy)
     rows, report, rejected = loading.load_rows(
         config.data, config, renderer, want="any", context=loading.context_of(policy.model)

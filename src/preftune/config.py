@@ -63,9 +63,15 @@ class Config(Strict):
     reward: str | list[str] | None = Field(
         None,
         description="length:min, length:mode[=L], length:within=L, file.py:f, pkg.module:f, "
-        "or a model folder; several are summed",
+        "a model folder, ensemble:A,B or judge:URL; several are summed",
     )
     gold: str | None = Field(None, description="a second reward, used in evaluation only")
+    judge: str | None = Field(
+        None, description="URL of an OpenAI-compatible server: win rate by a judge, in evaluation"
+    )
+    retention: str | None = Field(
+        None, description="plain text (.txt, or JSONL with 'text') whose likelihood should last"
+    )
     reward_weights: list[float] | None = Field(None, description="one for each of several rewards")
     label_source: Literal["true", "rm_same", "rm_other", "judge", "human"] | None = Field(
         None, description="who judged; by default told from the reward"
@@ -86,17 +92,25 @@ class Config(Strict):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's norm")
     optimizer: Literal["adamw"] = Field("adamw", description="fused AdamW")
-    beta: float | None = Field(None, gt=0, description="KL strength of DPO")
+    reference_update: Literal["fixed", "round", "ema"] | None = Field(
+        None, description="the reference: as it starts, the policy of each round, a moving average"
+    )
+    beta: float | None = Field(None, gt=0, description="KL strength of DPO; temperature of RWR")
     tau: float | None = Field(None, gt=0, description="KL strength of IPO (TRL calls it beta)")
     weight: float | None = Field(
         None, ge=0, description="of the row's last term; HyPO's lambda, default 0.05 beta"
     )
+    clip: float | None = Field(None, gt=0, description="of the ratio in clipped policy gradients")
     label_smoothing: float | None = Field(
         None, ge=0, lt=0.5, description="share of labels taken to be wrong"
     )
     kl: float | None = Field(None, ge=0, description="KL in the reward")
-    baseline: Literal["leave_one_out", "none"] | None = Field(
-        None, description="what is taken off before the gradient"
+    target_kl: float | None = Field(
+        None, gt=0, description="budget of reverse KL, nats: KL weights and coefficients follow it"
+    )
+    max_weight: float | None = Field(None, gt=0, description="largest weight of RWR")
+    baseline: Literal["none", "batch", "prompt", "leave_one_out", "running", "value"] | None = (
+        Field(None, description="what is taken off a reward before the gradient")
     )
     prompts_per_round: int | None = Field(None, ge=1, description="default: one update's worth")
     samples_per_prompt: int | None = Field(None, ge=1, description="responses drawn to a prompt")

@@ -25,6 +25,12 @@ class GuardStop(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """` Did you mean 'x'?` for the known names closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+
+    def alike(other: str) -> float:
+        return difflib.SequenceMatcher(None, other, name).ratio()
+
+    equal = [c for c in close if alike(c) > alike(close[0]) - 1e-9]
+    quoted = " or ".join(f"'{c}'" for c in equal)
+    return f" Did you mean {quoted}?" if close else ""

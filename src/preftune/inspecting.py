@@ -1,6 +1,5 @@
 """Shows what the commands found to a person."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     console = Console(width=None if sys.stdout.isatty() else 140)
     shown = Table(title=escape(title) or None)
     for name in columns:
-        shown.add_column(name)
+        shown.add_column(name, no_wrap=name == columns[0])
     for row in rows:
         shown.add_row(*(escape(cell) for cell in row))
     console.print(shown)
@@ -39,7 +38,7 @@ def methods(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def method(row: Mapping[str, Any]) -> None:
-    """Print one row of the table in full, one term a line, its paths as --set takes them."""
+    """Print one row of the table in full: its terms, axes, and settings with their meaning."""
     for key, value in row.items():
         if key == "terms":
             for i, term in enumerate(value):
@@ -47,12 +46,18 @@ def method(row: Mapping[str, Any]) -> None:
         elif key == "defaults":
             for name, default in value.items():
                 print(f"{name:20} {default}")
-        elif key != "settings":
+        elif key not in ("settings", "meanings") and value != "":
             print(f"{key:20} {value}")
-    print("settings as YAML, for a row of your own or for --set:")
-    for i, term in enumerate(row["settings"]):
-        for name, value in term.items():
-            print(f"  {f'terms.{i}.{name}':18} {json.dumps(value, ensure_ascii=False)}")
+    cells = [
+        [m["path"], "" if m["value"] is None else str(m["value"]), m["meaning"]]
+        for m in row["meanings"]
+    ]
+    table("settings: --set PATH=VALUE, or YAML", ["path", "value", "meaning"], cells)
+    print(
+        "Terms with an equal source use the same samples, with an equal labeller the same labels: "
+        "set both alike,\nor by the flat setting (--passes, --kl, --baseline), which reaches every "
+        "term that has it."
+    )
 
 
 def show(facts: Mapping[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """From settings to the parts of a run: the row, models, data, rewards. Nothing is written here."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ from preftune.data import (
     load_examples,
 )  # fmt: skip
 from preftune.errors import UserError
-from preftune.methods import Method
+from preftune.method import Method
 from preftune.policies.transformer import Transformer
+from preftune.reward_model import RewardModel
 from preftune.samples import Samples
 from preftune.sampling.decoding import Decoding
+from preftune.sources import Offline, Pool, Reference
 
 SMALL_MODEL = 5_000_000
 """Parameters below which bfloat16 gains nothing on a CPU."""
@@ -39,11 +43,7 @@ def method_of(config: Config, overrides: Mapping[str, Any] | None = None) -> Met
         overrides: dotted paths below `terms`, from `--set`.
     """
     if isinstance(config.method, dict):
-        unknown = set(config.method) - {"name", "terms"}
-        if unknown:
-            raise UserError(f"method.{min(unknown)}: a row has 'name' and 'terms'.")
-        name = str(config.method.get("name", "custom"))
-        row = spec.from_data(name, config.method.get("terms"))
+        row = spec.from_row(config.method)
     else:
         named = methods.table().get(config.method)
         if config.terms is None:
@@ -73,8 +73,11 @@ def _set_term(data: dict[str, Any], path: str, value: Any) -> None:
                 value  # checked against the objective when the row is built
             )
             return
-        if parts[2] in ("source", "labeller") and len(parts) == 4:
-            term[parts[2]][parts[3]] = value
+        if parts[2] in ("source", "labeller") and len(parts) in (4, 5) and parts[3] != "members":
+            place = term[parts[2]]
+            if len(parts) == 5:  # a part inside, left out of the data where it is as by default
+                place = place.setdefault(parts[3], {})
+            place[parts[-1]] = value
             return
     set_path(data, path, value)
 
@@ -132,9 +135,60 @@ def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
     return torch.bfloat16 if large and _faster_in_bfloat16(device) else None
 
 
-def make_policy(config: Config, model: Any | None, tokenizer: Any | None) -> Transformer:
-    """The policy, its weights in float32 (or float64)."""
-    weights = torch.float64 if config.dtype == "float64" else torch.float32
+CONTROLS = ("[bad] ", "[good] ")
+"""Text behind a prompt that asks for such a response (Offline(take="conditioned"))."""
+
+
+def controls_of(method: Method | None, tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """Ids of the controls, where a source conditions on them."""
+    if method is None or not any(
+        getattr(t.source, "take", "") == "conditioned" for t in method.terms
+    ):
+        return None
+    bad, good = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in CONTROLS)
+    return bad, good
+
+
+def asking_for_good(tokenizer: Any) -> Any:
+    """The tokenizer with the control for good at the end of its chat template's prompts, so that
+    whoever loads the model asks for good responses."""
+    if not tokenizer.chat_template:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    control = CONTROLS[1]
+    tokenizer.chat_template += "{% if add_generation_prompt %}" + control + "{% endif %}"
+    return tokenizer
+
+
+def make_model(
+    config: Config, model: Any | None, tokenizer: Any | None, method: Method
+) -> Transformer | RewardModel:
+    """What the method trains: a policy, or where it takes scores alone a reward model."""
+    if "score" not in method.outputs:
+        return make_policy(config, model, tokenizer, method)
+    model: Any = (
+        huggingface.classifier_from(config.model, _weights(config)) if model is None else model
+    )
+    if getattr(getattr(model, "config", None), "num_labels", None) != 1:
+        raise UserError(
+            "model: to train a reward model give a folder, or a sequence-classification model "
+            "with one output."
+        )
+    model = model.to(device=pick_device(config.device), dtype=_weights(config))
+    return RewardModel(
+        model, autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix
+    )
+
+
+def _weights(config: Config) -> torch.dtype:
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+def make_policy(
+    config: Config, model: Any | None, tokenizer: Any | None, method: Method | None = None
+) -> Transformer:
+    """The policy, its weights in float32 (or float64), with what the method needs on top."""
+    weights = _weights(config)
     loaded: Any = huggingface.load_model(config.model, weights) if model is None else model
     model = loaded.to(device=pick_device(config.device), dtype=weights)
     ends = huggingface.end_ids(model, tokenizer)
@@ -145,6 +199,8 @@ def make_policy(config: Config, model: Any | None, tokenizer: Any | None) -> Tra
     return Transformer(
         model, end_ids=ends, decoding=decoding_of(config),
         autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix,
+        value_head=method is not None and "value" in method.outputs | method.needs,
+        controls=controls_of(method, tokenizer),
     )  # fmt: skip
 
 
@@ -162,11 +218,11 @@ def make_reference(config: Config, policy: Transformer) -> Transformer:
     return policy.with_model(model)
 
 
-def make_renderer(config: Config, tokenizer: Any, policy: Transformer) -> Renderer:
-    """The renderer of the policy's own tokenizer, as the settings ask."""
+def make_renderer(config: Config, tokenizer: Any, model: Transformer | RewardModel) -> Renderer:
+    """The renderer of the model's own tokenizer, as the settings ask."""
     return Renderer(
         tokenizer, template=config.template, system_prompt=config.system_prompt,
-        end_ids=policy.end_ids,
+        end_ids=huggingface.end_ids(model.model, tokenizer),
     )  # fmt: skip
 
 
@@ -243,8 +299,35 @@ def _named(source: Any) -> str:
 
 def want_of(method: Method) -> str:
     """What the row's sources need of the data."""
-    most = max((t.labeller.given for t in method.terms if not t.source.draws), default=0)
+    most = max((min(max(1, t.labeller.given), t.source.reads) for t in method.terms), default=0)
     return ("prompts", "completions", "pairs")[most]
+
+
+def draws_from_reference(source: Any) -> bool:
+    """Whether the source, or a member of it, samples the reference."""
+    if isinstance(source, Pool):
+        return any(draws_from_reference(m) for m in source.members)
+    return isinstance(source, Reference)
+
+
+def has_scores(rows: Rows) -> bool:
+    """Whether the data score both responses of every pair."""
+    columns = [rows.columns.get(n) for n in ("score_chosen", "score_rejected")]
+    return all(c is not None and None not in c for c in columns)
+
+
+def fitted(method: Method, rows: Rows) -> Method:
+    """The row with its sources told how many responses a row of the data holds."""
+    held = len(rows.responses[0])
+
+    def fit(source: Any) -> Any:
+        if isinstance(source, Offline) and held:
+            return replace(source, responses=held)
+        if isinstance(source, Pool):
+            return replace(source, members=tuple(fit(m) for m in source.members))
+        return source
+
+    return replace(method, terms=tuple(replace(t, source=fit(t.source)) for t in method.terms))
 
 
 def make_reward(given: Any, weights: list[float] | None) -> rewards.Reward | None:

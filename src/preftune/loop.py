@@ -16,10 +16,10 @@ from torch import Tensor
 
 from preftune.errors import GuardStop
 from preftune.measures import Measures
-from preftune.methods import Method
+from preftune.method import Method
 from preftune.policies.scoring import micro_batches
 from preftune.rounds import Group, World, group_terms, next_minibatch, refill
-from preftune.samples import Samples
+from preftune.samples import Batch, Samples
 from preftune.terms import count, loss_sum, narrow
 
 Metrics = dict[str, Any]
@@ -97,34 +97,48 @@ def gradient(
     Returns:
         the loss [*R] (None where no item remains) and the update's metrics.
     """
-    total, found, measures = (
-        torch.zeros(world.policy.batch_shape, dtype=torch.float64),
-        False,
-        Measures(),
-    )
+    total, found = torch.zeros(world.policy.batch_shape, dtype=torch.float64), False
+    measures = Measures()
     for group in groups:
         if group.round is None or group.round.spent:
             refill(group, world, version, given)
         samples, labelled = next_minibatch(group)
-        counts = [count(t, samples, b) for t, b in zip(group.terms, labelled, strict=True)]
         measures.minibatch(group, samples, labelled, version)
+        samples, labelled = narrow(samples, labelled)
+        counts = [count(t, samples, b) for t, b in zip(group.terms, labelled, strict=True)]
         if not any(bool((c > 0).any()) for c in counts):
             continue
         for index in micro_batches(samples, world.micro_batch_tokens):
-            part, items = narrow(samples.take(index), [b.take(index) for b in labelled])
-            with torch.set_grad_enabled(not group.idle):
-                logp = world.policy.score(part.prompt, part.prompt_mask, part.tokens, part.mask)
-                loss = torch.zeros(world.policy.batch_shape, dtype=logp.dtype)
-                for place, term, batch, n in zip(
-                    group.places, group.terms, items, counts, strict=True
-                ):
-                    mean = loss_sum(term, part, batch, logp) / n.clamp(min=1).to(logp.dtype)
-                    measures.term(place, term, part, batch, logp, mean)
-                    loss = loss + term.factor * mean if term.factor else loss
-            if not group.idle:
-                loss.sum().backward()
-            total, found = total + loss.detach().double(), found or not group.idle
+            part = samples.take(index).trimmed()
+            loss = _micro_batch(
+                group, world, part, [b.take(index) for b in labelled], counts, measures
+            )
+            total, found = total + loss, found or not group.idle
     return (total if found else None), measures.result()
+
+
+def _micro_batch(
+    group: Group,
+    world: World,
+    samples: Samples,
+    labelled: list[Batch],
+    counts: list[Tensor],
+    measures: Measures,
+) -> Tensor:
+    """Forward and backward pass of some of a minibatch's prompts; its share of the loss, [*R]."""
+    with torch.set_grad_enabled(not group.idle):
+        now = world.policy.outputs(samples, group.outputs)
+        measures.outputs(group, samples, now)
+        dtype = next(iter(now.values())).dtype
+        loss = torch.zeros(world.policy.batch_shape, dtype=dtype)
+        for i, (term, batch, n) in enumerate(zip(group.terms, labelled, counts, strict=True)):
+            summed, arguments = loss_sum(term, samples, batch, now)
+            mean = summed / n.clamp(min=1).to(dtype)
+            measures.term(group, i, samples, batch, arguments, mean)
+            loss = loss + group.factor(i) * mean if term.factor else loss
+    if not group.idle:
+        loss.sum().backward()
+    return loss.detach().double()
 
 
 def update(run: State, settings: Settings) -> Metrics:
@@ -136,6 +150,7 @@ def update(run: State, settings: Settings) -> Metrics:
     began = time.perf_counter()
     run.optimizer.zero_grad(set_to_none=True)
     loss, metrics = gradient(run.groups, run.world, run.version)
+    metrics |= _so_far(run.groups)
     rate = learning_rate(settings, run.step)
     metrics |= {"loss": None if loss is None else float(loss.mean()), "learning_rate": rate}
     if loss is not None:
@@ -149,13 +164,28 @@ def update(run: State, settings: Settings) -> Metrics:
                 f"and the gradient norm {float(norm)}. "
                 "Lower learning_rate, or look at the batch's rewards and lengths."
             )
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        run.version += 1
+        if not metrics.get("skipped"):
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            run.optimizer.step()
+            run.version += 1
+            _follow(run)
     run.step += 1
     run.seconds += time.perf_counter() - began
     return metrics | {"seconds": run.seconds}
+
+
+def _so_far(groups: Iterable[Group]) -> Metrics:
+    """Counts over the run: what the reward was asked."""
+    asked = sum(g.queries for g in groups)
+    return {"reward_queries": asked} if asked else {}
+
+
+def _follow(run: State) -> None:
+    """A reference that is the moving average of the policy."""
+    if run.method.reference_update == "ema":
+        assert run.world.reference is not None, "reference_update needs a reference"
+        run.world.reference.follow(run.world.policy, run.method.ema_decay)
 
 
 def advance(run: State, settings: Settings, hooks: Hooks) -> None:

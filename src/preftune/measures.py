@@ -4,15 +4,17 @@
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from preftune.labellers.base import KL_SCALE
 from preftune.numerics import masked_sum
 from preftune.rounds import Group
 from preftune.samples import Batch, Samples
-from preftune.terms import Term
+from preftune.terms import gather
 
 DOCUMENTED = {
     "loss": "sum over terms of weight x mean loss; null if no item remained (all tied)",
@@ -21,17 +23,29 @@ DOCUMENTED = {
     "grad_norm": "norm of the whole gradient before clipping",
     "seconds": "time in updates so far (sampling and scoring included, evaluation not)",
     "pairs": "pairs that remained after ties (rows with pairs)",
+    "tied": "pairs masked because their rewards differ by no more than the threshold",
     "log_ratio_chosen": "mean log(policy / reference) of chosen responses, nats",
     "log_ratio_rejected": "the same of rejected responses, nats",
-    "margin": "log_ratio_chosen - log_ratio_rejected, nats",
-    "accuracy": "share of pairs whose chosen response has the larger log-ratio (ties half)",
+    "margin": "chosen less rejected, of the log-ratio, the log-prob or the score",
+    "accuracy": "share of pairs with a margin above 0 (ties half)",
     "logp_chosen": "mean log-prob of chosen responses, nats, where the row needs no reference",
+    "logp_rejected": "the same of rejected responses, nats",
+    "score_chosen": "mean score of chosen responses (the row that trains a reward model)",
+    "score_rejected": "the same of rejected responses",
     "logp": "mean log-prob of the trained responses, nats (rows without pairs)",
     "kl": "mean log(policy / reference) of the minibatch's fresh samples: a sampled KL, nats",
     "reward": "mean reward of the minibatch's sampled responses",
     "length": "mean response tokens of the minibatch's sampled responses, end token included",
     "no_end": "share of sampled responses that were cut before an end token",
     "staleness": "optimizer steps since these samples were drawn",
+    "ratio_mean": "mean over tokens of policy now / policy at collection",
+    "ratio_max": "the largest of these",
+    "effective_sample_size": "(sum w)^2 / (n sum w^2) of the responses' ratios w, 0 to 1",
+    "clip_fraction": "share of tokens whose ratio is outside 1 - clip to 1 + clip",
+    "explained_variance": "1 - Var(target - value) / Var(target) of the value head at collection",
+    "skipped": "1: the update was left out, its mean ratio was above max_ratio",
+    "kl_coefficient": "strength of the KL as target_kl has set it",
+    "reward_queries": "responses that the reward was asked about so far",
     "sampler_gap": "mean |log-prob by sampler - by trainer| of a response, nats, at staleness 0",
     "eval_reward": "mean reward of samples on held-out prompts (with _low, _high: 95 % interval)",
     "eval_kl": "KL(policy || reference) on held-out prompts, exact at each step of a sample, nats",
@@ -42,12 +56,14 @@ DOCUMENTED = {
 
 
 class Measures:
-    """Weighted means over the micro-batches of one update."""
+    """Weighted means over the micro-batches of one update, and what needs the whole of it."""
 
     def __init__(self) -> None:
         self._sum: dict[str, float] = defaultdict(float)
         self._weight: dict[str, float] = defaultdict(float)
         self._plain: dict[str, float] = {}
+        self._all: dict[str, list[Tensor]] = defaultdict(list)
+        self._skip_above: float | None = None
 
     def add(self, name: str, values: Tensor, keep: Tensor | None = None) -> None:
         """Take `values` (where `keep`) into the mean of that name."""
@@ -57,6 +73,10 @@ class Measures:
         self._sum[name] += float(values.sum())
         self._weight[name] += values.numel()
 
+    def count(self, name: str, number: float) -> None:
+        """Add to the total of that name."""
+        self._plain[name] = self._plain.get(name, 0) + number
+
     def minibatch(
         self, group: Group, samples: Samples, labelled: list[Batch], version: int
     ) -> None:
@@ -65,58 +85,110 @@ class Measures:
             self.add("reward", samples.reward)
         for batch in labelled:
             if batch.roles:
-                kept = (
-                    batch.index.shape[:-1].numel() if batch.keep is None else int(batch.keep.sum())
-                )
-                self._plain["pairs"] = self._plain.get("pairs", 0) + kept
+                items = batch.index.shape[:-1].numel()
+                kept = items if batch.keep is None else int(batch.keep.sum())
+                self.count("pairs", kept)
+                if "reward" in group.needs:
+                    self.count("tied", items - kept)
+        for term, state in zip(group.terms, group.states, strict=True):
+            if KL_SCALE in state and term.kl_coefficient:
+                self.add("kl_coefficient", term.kl_coefficient * state[KL_SCALE])
         if group.source.on_policy:
-            self.add("length", samples.lengths())
-            self.add("no_end", ~samples.finished)
-            self.add("staleness", version - samples.origin)
+            fresh = samples.origin >= 0  # a pool also holds others
+            self.add("length", samples.lengths(), fresh)
+            self.add("no_end", ~samples.finished, fresh)
+            self.add("staleness", version - samples.origin, fresh)
+        ratios = [t.max_ratio for t in group.terms if t.max_ratio is not None]
+        self._skip_above = min(
+            [*ratios, *([self._skip_above] if self._skip_above else [])], default=None
+        )
+
+    def outputs(self, group: Group, samples: Samples, now: Mapping[str, Tensor]) -> None:
+        """What the forward pass of a micro-batch shows of the policy on a source's samples."""
+        if "logp" not in now or not group.source.on_policy:
+            return
+        fresh = samples.origin >= 0
+        total = masked_sum(now["logp"].detach(), samples.mask)
+        if samples.ref_logp is not None:
+            self.add("kl", total - masked_sum(samples.ref_logp.to(total), samples.mask), fresh)
+        if samples.logp is None:
+            return
+        moved = torch.where(samples.mask, now["logp"].detach() - samples.logp.to(total), 0.0)
+        if self._sum["staleness"] == 0:
+            self.add("sampler_gap", moved.sum(-1).abs(), fresh)
+        self._all["moved"].append(moved.sum(-1)[fresh])
+        self._all["token_moved"].append(moved[samples.mask & fresh.unsqueeze(-1)])
 
     def term(
-        self, place: int, term: Term, samples: Samples, batch: Batch, logp: Tensor, mean: Tensor
+        self,
+        group: Group,
+        i: int,
+        samples: Samples,
+        batch: Batch,
+        arguments: Mapping[str, Any],
+        mean: Tensor,
     ) -> None:
-        """What the forward pass of a micro-batch shows of a term."""
-        self._plain[f"loss_{place}"] = self._plain.get(f"loss_{place}", 0.0) + float(
-            mean.detach().mean()
-        )
-        total = masked_sum(logp.detach(), samples.mask)
-        if samples.logp is not None and term.source.on_policy and self._fresh():
-            self.add(
-                "sampler_gap", (masked_sum(samples.logp.to(total), samples.mask) - total).abs()
-            )
-        ratio = None
-        if samples.ref_logp is not None:
-            ratio = total - masked_sum(samples.ref_logp.to(total), samples.mask)
-            if term.source.on_policy:
-                self.add("kl", ratio)
-        if batch.roles:
-            self._pairs(batch, ratio, total)
-        elif term.labeller.labelled:
-            self.add("logp", _of(total, batch, 0))
+        """What the forward pass of a micro-batch shows of the group's term i."""
+        term = group.terms[i]
+        self.count(f"loss_{group.places[i]}", float(mean.detach().mean()))
+        mask = gather(samples.mask, batch.index, True) if term.level == "token" else None
+        if "value_old" in arguments:
+            for name in ("target", "value_old"):
+                self._all[name].append(arguments[name].detach().double()[mask])
+        if "logp_old" in arguments and "clip" in arguments:
+            ratio = (arguments["logp"] - arguments["logp_old"]).detach().exp()
+            outside = (ratio - 1).abs() > arguments["clip"]
+            self.add("clip_fraction", outside, mask)
+        if set(batch.roles) == {"chosen", "rejected"}:
+            self._pairs(batch, arguments)
+        elif term.labeller.labelled and "logp" in arguments:
+            logp = arguments["logp"].detach()
+            logp = logp if mask is None else masked_sum(logp, mask)
+            self.add("logp", logp, None if batch.keep is None else batch.keep.unsqueeze(-1))
 
-    def _fresh(self) -> bool:
-        return self._sum["staleness"] == 0
-
-    def _pairs(self, batch: Batch, ratio: Tensor | None, total: Tensor) -> None:
-        shown, name = (total, "logp") if ratio is None else (ratio, "log_ratio")
-        by_role = {role: _of(shown, batch, a) for a, role in enumerate(batch.roles)}
-        for role, values in by_role.items():
+    def _pairs(self, batch: Batch, arguments: Mapping[str, Any]) -> None:
+        """What the term's own arguments say of its pairs, in their unit (sum or mean of tokens)."""
+        base = "score" if "score_chosen" in arguments else "logp"
+        shown = {
+            r: arguments[f"{base}_{r}"].detach() for r in batch.roles if f"{base}_{r}" in arguments
+        }
+        name = base
+        if "ref_logp_chosen" in arguments:
+            shown = {r: x - arguments[f"ref_logp_{r}"] for r, x in shown.items()}
+            name = "log_ratio"
+        for role, values in shown.items():
             self.add(f"{name}_{role}", values, batch.keep)
-        if ratio is not None and set(by_role) == {"chosen", "rejected"}:
-            margin = by_role["chosen"] - by_role["rejected"]
+        if len(shown) == 2:
+            margin = shown["chosen"] - shown["rejected"]
             self.add("margin", margin, batch.keep)
             self.add("accuracy", 0.5 * (1 + torch.sign(margin)), batch.keep)
 
     def result(self) -> dict[str, Any]:
-        """The means, by name."""
+        """The figures, by name."""
         means = {n: self._sum[n] / self._weight[n] for n in self._sum if self._weight[n]}
         losses = [n for n in self._plain if n.startswith("loss_")]
         plain = {n: v for n, v in self._plain.items() if n not in losses or len(losses) > 1}
-        return {**plain, **means}
+        out: dict[str, Any] = {**plain, **means, **self._ratios()}
+        if self._all["target"]:
+            target, value = (torch.cat(self._all[n]) for n in ("target", "value_old"))
+            spread = target.var(correction=0)
+            left = (target - value).var(correction=0)
+            out["explained_variance"] = float(1 - left / spread) if spread > 0 else None
+        if self._skip_above is not None:
+            out["skipped"] = int(out.get("ratio_mean", 1.0) > self._skip_above)
+        return out
 
-
-def _of(x: Tensor, batch: Batch, place: int) -> Tensor:
-    """x [*R, n, K] at the item's response `place`: [*R, n, Q]."""
-    return x.gather(-1, batch.index[..., place])
+    def _ratios(self) -> dict[str, float]:
+        """How far the policy has moved from the one that drew the samples."""
+        moved = [x for x in self._all["moved"] if x.numel()]
+        if not moved:
+            return {}
+        sequences = torch.cat(moved).double()
+        tokens = torch.cat(self._all["token_moved"]).double()
+        weight = (sequences - sequences.max()).exp()
+        size = float(weight.sum().square() / weight.square().sum() / len(weight))
+        return {
+            "ratio_mean": float(tokens.clamp(max=80.0).exp().mean()),
+            "ratio_max": float(tokens.clamp(max=80.0).max().exp()),
+            "effective_sample_size": size,
+        }

@@ -1,205 +1,261 @@
-"""The table: a named method is one row of terms, and its defaults are the vetted ones.
+"""The table: a named method is one row of terms, and its defaults are the vetted ones."""
 
-The axes of arXiv 2404.14367 are computed from a row, never stored beside it.
-"""
-
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
-
-import torch
+from dataclasses import replace
+from typing import Any
 
 from preftune import objectives as o
 from preftune.errors import UserError, nearest
-from preftune.labellers import Best, BestWorst, Demonstration, GivenPreference, Unlabelled
-from preftune.sampling.decoding import Decoding
-from preftune.sources import Offline, OnPolicy, Reference
-from preftune.terms import Term, Times
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of the table."""
-
-    name: str
-    terms: tuple[Term, ...]
-    reference_update: Literal["fixed", "round", "ema"] = "fixed"
-    paper: str = ""
-    equation: str = ""
-    summary: str = ""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of a run that this row was vetted with (learning rate, ...)."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What rounds must be scored with; known before the policy is built."""
-        return frozenset().union(*(t.needs for t in self.terms))
-
-    @property
-    def on_policy(self) -> bool:
-        """Some labelled term learns from the policy's own samples."""
-        return any(t.source.on_policy and t.labeller.labelled for t in self.terms)
-
-    @property
-    def on_policy_unlabelled(self) -> bool:
-        """Fresh samples are used, but only by terms without a label."""
-        return not self.on_policy and any(t.source.on_policy for t in self.terms)
-
-    @property
-    def sample_reuse(self) -> bool:
-        """A labelled sample is used more than once: several passes, or a fixed set."""
-        return any(
-            t.labeller.labelled and (t.source.passes > 1 or not t.source.on_policy)
-            for t in self.terms
-        )
-
-    @property
-    def negative_gradient(self) -> bool:
-        """Some labelled term pushes a response's log-prob down, for an admissible signal."""
-        return any(t.labeller.labelled and _pushes_down(t) for t in self.terms)
-
-    @property
-    def mode_seeking(self) -> bool:
-        """2404.14367 section 6 (for on-policy weighted likelihood at few passes only)."""
-        return self.on_policy or self.negative_gradient
-
-    def axes(self) -> dict[str, bool]:
-        """The axes, by name."""
-        names = (
-            "on_policy",
-            "sample_reuse",
-            "on_policy_unlabelled",
-            "negative_gradient",
-            "mode_seeking",
-        )
-        return {name: getattr(self, name) for name in names}
-
-
-def _pushes_down(term: Term) -> bool:
-    """Whether d loss / d log-prob of some response is positive somewhere on a grid of log-probs."""
-    moving = [
-        n for n in term.parameters if n == "logp" or n.startswith("logp_") and n != "logp_old"
-    ]
-    signals = term.labeller.signals()
-    fixed = {n: p for n, p in term.parameters.items() if n not in moving and n not in signals}
-    weight = 1.0 if isinstance(term.weight, Times) else term.weight
-    for values in itertools.product((-3.0, -1.0), repeat=len(moving)):
-        for chosen in itertools.product(*signals.values()):
-            logp = {
-                n: torch.tensor(v, dtype=torch.float64, requires_grad=True)
-                for n, v in zip(moving, values, strict=True)
-            }
-            data = {
-                n: torch.tensor(v, dtype=torch.float64)
-                for n, v in zip(signals, chosen, strict=True)
-            }
-            other = {
-                n: torch.tensor(-2.0, dtype=torch.float64)
-                for n, p in fixed.items()
-                if p.kind is not p.KEYWORD_ONLY
-            }
-            loss = term.objective(
-                **logp,
-                **{n: v for n, v in data.items() if n in term.parameters},
-                **other,
-                **term.settings,
-            )
-            grads = torch.autograd.grad(loss, list(logp.values()), allow_unused=True)
-            if any(g is not None and float(g) * weight > 1e-12 for g in grads):
-                return True
-    return False
-
-
-_OFFLINE_DPO = Term(
-    source=Offline(), labeller=GivenPreference(), objective=o.dpo, settings={"beta": 0.1}
+from preftune.labellers import (
+    Advantage,
+    Best,
+    BestWorst,
+    Demonstration,
+    Feedback,
+    GivenPreference,
+    Good,
+    Member,
+    RewardWeights,
+    Unlabelled,
 )
-_TAJWAR, _SONG = "arXiv 2404.14367", "arXiv 2406.01462"
+from preftune.labellers.base import Labeller
+from preftune.method import SETTINGS, Method, check, configure, resolve
+from preftune.sources import Offline, OnPolicy, Pool, Reference, Source
+from preftune.terms import Objective, Term, Times
 
-_ROWS = (
-    Method(
-        name="sft",
-        terms=(Term(source=Offline(take="chosen"), labeller=Demonstration(), objective=o.nll),),
-        paper="supervised fine-tuning",
-        equation="−log π(y|x)",
-        summary="imitate demonstrations",
-        defaults={"learning_rate": 2e-5},
+__all__ = ["SETTINGS", "Method", "check", "configure", "get", "resolve", "table"]
+
+_TAJWAR, _SONG = "arXiv 2404.14367", "arXiv 2406.01462"
+_IMITATION, _CONTRAST = 2e-5, 1e-6
+"""Learning rates that likelihood rows and the others were vetted with."""
+
+
+def _term(source: Source, labeller: Labeller, objective: Objective, **more: Any) -> Term:
+    """A term; what is no part of it is a setting of the objective."""
+    parts = {k: more.pop(k) for k in ("weight", "share", "level", "unit", "max_ratio") if k in more}
+    return Term(source=source, labeller=labeller, objective=objective, settings=more, **parts)
+
+
+def _row(
+    name: str, paper: str, equation: str, summary: str, rate: float, *terms: Term, **more: Any
+) -> Method:
+    return Method(
+        name=name, terms=terms, paper=paper, equation=equation, summary=summary,
+        defaults={"learning_rate": rate}, **more,
+    )  # fmt: skip
+
+
+_CHOSEN, _PAIRS = Offline(take="chosen"), Offline()
+_FRESH, _FRESH_PAIRS = OnPolicy(samples_per_prompt=2), OnPolicy(samples_per_prompt=2, passes=2)
+_GIVEN, _RANKED = GivenPreference(), BestWorst()
+_ACTOR = OnPolicy(samples_per_prompt=1, passes=2)
+_GENERALISED = Advantage(baseline="value", whiten="round", kl=0.05)
+_OWN = Pool(members=(_CHOSEN, OnPolicy(samples_per_prompt=1, passes=2)))
+_WITH_REFERENCE = Pool(members=(OnPolicy(samples_per_prompt=1), Reference(samples_per_prompt=1)))
+_GROUP = OnPolicy(samples_per_prompt=8)
+_H = "h = log π/π_ref"
+
+# Rows of the two papers.
+_PAPERS = (
+    _row(
+        "sft", "supervised fine-tuning", "−log π(y|x)", "imitate demonstrations", _IMITATION,
+        _term(_CHOSEN, Demonstration(), o.nll),
     ),
-    Method(
-        name="pref_ft",
-        terms=(Term(source=Offline(take="chosen"), labeller=Demonstration(), objective=o.nll),),
-        paper=f"{_TAJWAR} section 3",
-        equation="−log π(y_w|x)",
-        summary="imitate the preferred responses",
-        defaults={"learning_rate": 2e-5},
+    _row(
+        "pref_ft", f"{_TAJWAR} section 3", "−log π(y_w|x)", "imitate the preferred responses",
+        _IMITATION, _term(_CHOSEN, Demonstration(), o.nll),
     ),
-    Method(
-        name="best_of_n",
-        terms=(Term(source=Reference(samples_per_prompt=4), labeller=Best(), objective=o.nll),),
-        paper=f"{_TAJWAR} section 3",
-        equation="−log π(y*|x), y* = argmax r over N reference samples",
-        summary="imitate the best of N samples, drawn once from the reference",
-        defaults={"learning_rate": 2e-5},
+    _row(
+        "binary_feedme", f"{_TAJWAR} section 3", "−log π(y|x) where y is labelled good",
+        "imitate the responses labelled good; on pairs the same as pref_ft", _IMITATION,
+        _term(_PAIRS, Good(), o.nll),
     ),
-    Method(
-        name="dpo",
-        terms=(_OFFLINE_DPO,),
-        paper="arXiv 2305.18290 equation 7",
-        equation="−log σ(β(h_w − h_l)), h = log π/π_ref",
-        summary="contrast the given pairs",
-        defaults={"learning_rate": 1e-6},
+    _row(
+        "binary_reward_conditioning", f"{_TAJWAR} section 3; AlpacaFarm, arXiv 2305.14387",
+        "−log π(y|x, c), c the control token for good or bad",
+        "imitate every response behind a control that says whether it is good; ask for good",
+        _IMITATION, _term(Offline(take="conditioned"), Demonstration(), o.nll),
     ),
-    Method(
-        name="ipo",
-        terms=(replace(_OFFLINE_DPO, objective=o.ipo, settings={"tau": 0.1}),),
-        paper="arXiv 2310.12036 equation 17",
-        equation="(h_w − h_l − 1/(2τ))²",
-        summary="regress the given pairs' margin",
-        defaults={"learning_rate": 1e-6},
+    _row(
+        "rwr", f"{_TAJWAR} section 3", "−min(exp(r/β), w_max) log π(y|x), y ~ π",
+        "imitate fresh samples, each weighed by its reward", 1e-5,
+        _term(OnPolicy(samples_per_prompt=2, passes=2), RewardWeights(), o.weighted_nll),
     ),
-    Method(
-        name="on_policy_dpo",
-        terms=(
-            Term(
-                source=OnPolicy(samples_per_prompt=2, passes=2), labeller=BestWorst(),
-                objective=o.dpo, settings={"beta": 0.1},
-            ),
-        ),
-        paper=f"{_TAJWAR} section 5",
-        equation="−log σ(β(h_w − h_l)), y_w, y_l ~ π ranked by r",
-        summary="contrast the best and the worst of fresh samples",
-        defaults={"learning_rate": 1e-6},
+    _row(
+        "offline_rwr", f"{_TAJWAR} section 3", "−min(exp(r/β), w_max) log π(y|x), y from the data",
+        "imitate the data's responses, each weighed by its reward", _IMITATION,
+        _term(_PAIRS, RewardWeights(), o.weighted_nll),
     ),
-    Method(
-        name="on_policy_best_of_n",
-        terms=(
-            Term(source=OnPolicy(samples_per_prompt=4, passes=2), labeller=Best(), objective=o.nll),
-        ),
-        paper=f"{_TAJWAR} section 3",
-        equation="−log π(y*|x), y* = argmax r over N samples of π",
-        summary="imitate the best of N fresh samples",
-        defaults={"learning_rate": 1e-6},
+    _row(
+        "best_of_n", f"{_TAJWAR} section 3",
+        "−log π(y*|x), y* = argmax r over N reference samples",
+        "imitate the best of N samples, drawn once from the reference", _IMITATION,
+        _term(Reference(samples_per_prompt=4), Best(), o.nll),
     ),
-    Method(
-        name="hypo",
-        terms=(
-            _OFFLINE_DPO,
-            Term(
-                source=OnPolicy(samples_per_prompt=2), labeller=Unlabelled(),
-                objective=o.reverse_kl, weight=Times(0.05, "beta"),
-            ),
-        ),
-        paper=f"{_SONG} Algorithm 1",
-        equation="−log σ(β(h_w − h_l)) + λ KL(π‖π_ref), the KL on fresh unlabelled samples",
-        summary="contrast the given pairs, held near the reference by fresh samples",
-        defaults={"learning_rate": 1e-6},
+    _row(
+        "on_policy_best_of_n", f"{_TAJWAR} section 3",
+        "−log π(y*|x), y* = argmax r over N samples of π",
+        "imitate the best of N fresh samples", _CONTRAST,
+        _term(OnPolicy(samples_per_prompt=4, passes=2), Best(), o.nll),
+    ),
+    _row(
+        "reinforce", f"{_TAJWAR} section 3; Williams 1992",
+        "−(r − b) log π(y|x), b = mean of earlier r",
+        "raise samples in proportion to their reward above the running mean", _CONTRAST,
+        _term(OnPolicy(samples_per_prompt=1), Advantage(baseline="running"), o.reinforce),
+    ),
+    _row(
+        "rloo", "arXiv 2402.14740", "−(r_k − mean of the other r_j) log π(y_k|x)",
+        "raise samples in proportion to their reward above the prompt's others", _CONTRAST,
+        _term(OnPolicy(samples_per_prompt=4), Advantage(baseline="leave_one_out"), o.reinforce),
+    ),
+    _row(
+        "ppo", f"{_TAJWAR} section 3; arXiv 1707.06347 equation 7",
+        "−min(ρA, clip(ρ, 1±ε)A) + c ½ max((v − R)², (v_clip − R)²), A by GAE of r − κ log π/π_ref",
+        "clipped policy gradient with a value head, the KL in the reward", _CONTRAST,
+        _term(_ACTOR, _GENERALISED, o.ppo_clip, clip=0.2, level="token", max_ratio=10.0),
+        _term(_ACTOR, _GENERALISED, o.value_clip, clip=0.2, level="token", weight=0.1),
+    ),
+    _row(
+        "dpo", "arXiv 2305.18290 equation 7", f"−log σ(β(h_w − h_l)), {_H}",
+        "contrast the given pairs", _CONTRAST, _term(_PAIRS, _GIVEN, o.dpo, beta=0.1),
+    ),
+    _row(
+        "ipo", "arXiv 2310.12036 equation 17", f"(h_w − h_l − 1/(2τ))², {_H}",
+        "regress the given pairs' margin", _CONTRAST, _term(_PAIRS, _GIVEN, o.ipo, tau=0.1),
+    ),
+    _row(
+        "on_policy_dpo", f"{_TAJWAR} section 5",
+        "−log σ(β(h_w − h_l)), y_w, y_l ~ π ranked by r",
+        "contrast the best and the worst of fresh samples", _CONTRAST,
+        _term(_FRESH_PAIRS, _RANKED, o.dpo, beta=0.1),
+    ),
+    _row(
+        "on_policy_ipo", f"{_TAJWAR} section 5",
+        "(h_w − h_l − 1/(2τ))², y_w, y_l ~ π ranked by r",
+        "regress the margin of the best and the worst of fresh samples", _CONTRAST,
+        _term(_FRESH_PAIRS, _RANKED, o.ipo, tau=0.1),
+    ),
+    _row(
+        "hypo", f"{_SONG} Algorithm 1",
+        "−log σ(β(h_w − h_l)) + λ KL(π‖π_ref), the KL on fresh unlabelled samples",
+        "contrast the given pairs, held near the reference by fresh samples", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.dpo, beta=0.1),
+        _term(_FRESH, Unlabelled(), o.reverse_kl, weight=Times(0.05, "beta")),
+    ),
+    _row(
+        "half_and_half", f"{_TAJWAR} section 6 joined with offline pairs",
+        "½ DPO on the given pairs + ½ DPO on ranked fresh samples",
+        "contrast the given pairs and fresh ones, half and half", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.dpo, beta=0.1, weight=0.5, share=0.5),
+        _term(_FRESH_PAIRS, _RANKED, o.dpo, beta=0.1, weight=0.5, share=0.5),
+    ),
+    _row(
+        "chosen_vs_own", "SPIN, arXiv 2401.01335, with fresh samples",
+        "−log σ(β(h(y_w) − h(y))), y ~ π",
+        "contrast the given chosen response with an own sample: for data without bad responses",
+        _CONTRAST, _term(_OWN, _GIVEN, o.dpo, beta=0.1),
     ),
 )  # fmt: skip
 
+# Rows beyond the papers: one objective each, or the same objective on another source.
+_BEYOND = (
+    _row(
+        "cdpo", "Mitchell 2023, A note on DPO with noisy preferences",
+        "−(1−ε) log σ(βΔ) − ε log σ(−βΔ)", "DPO where a share of the labels is wrong", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.dpo, beta=0.1, label_smoothing=0.1),
+    ),
+    _row(
+        "robust_dpo", "arXiv 2403.00409", "[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε)",
+        "DPO, unbiased where a known share of the labels is flipped", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.robust_dpo, beta=0.1, label_smoothing=0.1),
+    ),
+    _row(
+        "ln_dpo", "length-normalised DPO, as in Tulu 3, arXiv 2411.15124",
+        "−log σ(β(h_w/|y_w| − h_l/|y_l|))", "DPO on the mean log-ratio of a token", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.dpo, beta=2.0, level="mean"),
+    ),
+    _row(
+        "dpo_nll", "arXiv 2404.19733 (Iterative RPO)", "DPO + α NLL of y_w, a token",
+        "DPO that keeps the chosen response likely", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.dpo, beta=0.1),
+        _term(_PAIRS, Demonstration(), o.nll, unit="token"),
+    ),
+    _row(
+        "dpop", "arXiv 2402.13228", "−log σ(β(Δ − λ max(0, −h_w)))",
+        "DPO that is penalised where the chosen response falls below the reference", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.dpop, beta=0.1, penalty=5.0),
+    ),
+    _row(
+        "wpo", "arXiv 2406.11827", "w(y_w) w(y_l) · DPO, w = exp of the mean of log π(y_t)/Σπ²",
+        "DPO with pairs weighed by how likely the policy is to draw them", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.wpo, beta=0.1),
+    ),
+    _row(
+        "chi_po", "arXiv 2407.13399", "−log σ(clip(β(φ(ρ_w) − φ(ρ_l)))), φ(z) = z + log z",
+        "DPO under a χ² and KL penalty: single-policy coverage is enough", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.chi_po, beta=0.05, clip=10.0),
+    ),
+    _row(
+        "simpo", "arXiv 2405.14734", "−log σ(β(log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ)",
+        "contrast mean log-probs, without a reference", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.simpo, beta=2.0, gamma=1.0),
+    ),
+    _row(
+        "orpo", "arXiv 2403.07691", "−log π(y_w)/|y_w| − λ log σ(log odds ratio)",
+        "imitate the chosen response and contrast the odds, without a reference", 8e-6,
+        _term(_PAIRS, _GIVEN, o.orpo, odds_weight=0.1),
+    ),
+    _row(
+        "cpo", "arXiv 2401.08417", "−log σ(β(log π(y_w) − log π(y_l))) − λ log π(y_w)",
+        "DPO without a reference, and imitation of the chosen response", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.cpo, beta=0.1, nll_weight=1.0),
+    ),
+    _row(
+        "kto", "arXiv 2402.01306", "λ_y (1 − σ(±β(h − z₀))), z₀ = max(0, KL on mismatched pairs)",
+        "push single responses up or down by good and bad labels", _CONTRAST,
+        _term(Offline(take="mismatched"), Feedback(), o.kto, beta=0.1, weight_good=1.0,
+              weight_bad=1.0),
+    ),
+    _row(
+        "xpo", "arXiv 2405.21046", "DPO on (y ~ π, ỹ ~ π_ref) ranked by r + α log π(ỹ|x)",
+        "contrast an own sample with the reference's, and move away from the reference", _CONTRAST,
+        _term(_WITH_REFERENCE, _RANKED, o.dpo, beta=0.1),
+        _term(_WITH_REFERENCE, Member(place=1), o.nll, weight=-1e-5),
+    ),
+    _row(
+        "grpo", "arXiv 2402.03300", "−min(ρA, clip(ρ, 1±ε)A) + β k3, A = (r − mean)/sd of a prompt",
+        "clipped policy gradient on groups of samples, without a value head", _CONTRAST,
+        _term(_GROUP, Advantage(whiten="prompt"), o.ppo_clip, clip=0.2, level="token",
+              unit="token"),
+        _term(_GROUP, Unlabelled(baseline="none"), o.kl_loss, estimator="k3", level="token",
+              unit="token", weight=0.04),
+    ),
+    _row(
+        "reward", "Ouyang et al. 2022, arXiv 2203.02155 equation 1",
+        "−log σ(r(x, y_w) − r(x, y_l))",
+        "train a Bradley-Terry reward model on the given pairs", 1e-5,
+        _term(_PAIRS, _GIVEN, o.bradley_terry),
+    ),
+)  # fmt: skip
 
-def table() -> dict[str, Method]:
+_OTHERS = {
+    "hypo": "Not Hybrid-DPO (arXiv 2602.11902), also called HyPO, nor HPO (arXiv 2405.17956).",
+    "best_of_n": "Not inference-time best-of-n, which trains nothing.",
+    "reward": "A model of the reward, not a policy.",
+    "ppo": "The KL is in the reward. OpenAI's later PPO without KL is kl: 0.",
+    "cpo": "Not Constrained Policy Optimization (arXiv 1705.10528).",
+    "xpo": "Exploratory Preference Optimization.",
+    "dpop": "Also called Smaug or DPO-Positive.",
+    "wpo": "Weighted Preference Optimization, not the Wasserstein one.",
+}
+"""Names that collide with others' papers, told apart."""
+
+
+def table() -> Mapping[str, Method]:
     """Every named method, in the order of the table."""
-    return {row.name: row for row in _ROWS}
+    rows = (*_PAPERS, *_BEYOND)
+    return {row.name: replace(row, note=_OTHERS.get(row.name, "")) for row in rows}
 
 
 def get(name: str) -> Method:
@@ -214,106 +270,3 @@ def get(name: str) -> Method:
             f"method '{name}' is unknown.{nearest(name, rows)} Methods: {', '.join(rows)}."
         )
     return rows[name]
-
-
-SETTINGS = (
-    "beta", "tau", "weight", "clip", "baseline", "label_smoothing", "kl", "max_weight",
-    "prompts_per_round", "samples_per_prompt", "passes", "unit",
-)  # fmt: skip
-"""Flat settings: each sets the field of that name in every term that has it."""
-_CURES = {"beta": "tau", "tau": "beta"}
-
-
-def configure(method: Method, settings: Mapping[str, Any]) -> Method:
-    """The row with flat settings in their places.
-
-    Raises:
-        UserError: a setting that no term of the row has.
-    """
-    for name, value in settings.items():
-        terms = tuple(_with_setting(t, name, value) for t in method.terms)
-        if name == "weight":
-            terms = (*method.terms[:-1], replace(method.terms[-1], weight=value))
-        elif terms == method.terms and not any(_has(t, name) for t in terms):
-            other = _CURES.get(name)
-            hint = f" It has '{other}'." if other and any(t.takes(other) for t in terms) else ""
-            raise UserError(
-                f"'{name}' has no use in the method '{method.name}'.{hint} Leave it out."
-            )
-        method = replace(method, terms=terms)
-    return method
-
-
-def resolve(method: Method) -> Method:
-    """Weights that follow a setting become numbers."""
-    known = {k: v for t in method.terms for k, v in t.settings.items()}
-
-    def fixed(term: Term) -> Term:
-        if not isinstance(term.weight, Times):
-            return term
-        return replace(term, weight=term.weight.factor * known[term.weight.setting])
-
-    return replace(method, terms=tuple(fixed(t) for t in method.terms))
-
-
-def check(method: Method, decoding: Decoding, batch_size: int) -> None:
-    """Refuse a row that cannot mean what it says, before anything is loaded.
-
-    Raises:
-        UserError: the setting and the cure.
-    """
-    for term in method.terms:
-        source = term.source
-        if source.num_responses < term.labeller.least:
-            raise UserError(
-                f"samples_per_prompt: {source.num_responses} is too few for "
-                f"{type(term.labeller).__name__}, which compares responses. "
-                f"Give {term.labeller.least} or more."
-            )
-        items = term.labeller.items(source.num_responses)
-        update = max(1, int(batch_size * term.share) // items)
-        if source.prompts_per_round is not None and source.prompts_per_round < update:
-            raise UserError(
-                f"prompts_per_round: {source.prompts_per_round} is less than the {update} prompts "
-                f"of one update (batch_size {batch_size}). Lower batch_size "
-                "or raise prompts_per_round."
-            )
-        if term.objective is o.reverse_kl:
-            _check_fresh(term, update, decoding)
-
-
-def _check_fresh(term: Term, update: int, decoding: Decoding) -> None:
-    """The reverse KL's gradient is that of the policy that drew the samples, and of no other."""
-    source = term.source
-    if not source.on_policy or source.passes > 1 or (source.prompts_per_round or update) > update:
-        raise UserError(
-            "reverse_kl needs fresh samples: an on_policy source with passes: 1 and rounds of one "
-            "update. For reused samples put the KL into the reward (kl), or give the term a source "
-            "of its own."
-        )
-    if not decoding.unmodified:
-        raise UserError(
-            "reverse_kl needs samples of the policy itself: temperature 1, top_p 1, top_k 0 "
-            f"(given: {decoding.temperature:g}, {decoding.top_p:g}, {decoding.top_k})."
-        )
-
-
-def _fields(part: Any) -> set[str]:
-    return {f.name for f in fields(part)}
-
-
-def _has(term: Term, name: str) -> bool:
-    own = _fields(term.source) | _fields(term.labeller)
-    return name == "unit" or name in own or term.takes(name)
-
-
-def _with_setting(term: Term, name: str, value: Any) -> Term:
-    if name == "unit":
-        return replace(term, unit=value)
-    if name in _fields(term.source):
-        return replace(term, source=replace(term.source, **{name: value}))  # type: ignore[type-var]
-    if name in _fields(term.labeller):
-        return replace(term, labeller=replace(term.labeller, **{name: value}))  # type: ignore[type-var]
-    if term.takes(name):
-        return replace(term, settings={**term.settings, name: value})
-    return term

@@ -14,6 +14,7 @@ from preftune.data import Rejected, Renderer, Report, Rows, write_rejected
 from preftune.errors import BadRows, UserError
 from preftune.methods import SETTINGS, Method
 from preftune.policies.transformer import Transformer
+from preftune.reward_model import RewardModel
 from preftune.rounds import World, updates_per_epoch
 
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.05, 200, 64
@@ -26,7 +27,8 @@ class Parts:
     config: Config
     method: Method
     output: Path
-    policy: Transformer
+    model: Transformer | RewardModel
+    """What is trained."""
     reference: Transformer | None
     tokenizer: Any
     renderer: Renderer | None
@@ -39,6 +41,12 @@ class Parts:
     micro_batch_tokens: int | None
     notes: list[str] = field(default_factory=list)
     """What the user should know before the run."""
+
+    @property
+    def policy(self) -> Transformer:
+        """The model, where it is a policy."""
+        assert isinstance(self.model, Transformer), "a reward model is no policy"
+        return self.model
 
     def judge(self, reward: rewards.Reward | None, rows: Rows | None) -> Any:
         """A reward of samples that answer `rows`, or None."""
@@ -76,13 +84,13 @@ def prepare(
     output = Path(config.output or f"runs/{method.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if tokenizer is None and (data is not None or config.prompts or model is None):
         tokenizer = huggingface.load_tokenizer(_tokenizer_name(config, model))
-    policy = loading.make_policy(config, model, tokenizer)
+    trained = loading.make_model(config, model, tokenizer, method)
     renderer = None
     if tokenizer is not None:
-        _check_vocabulary(tokenizer, policy.model)
-        renderer = loading.make_renderer(config, tokenizer, policy)
+        _check_vocabulary(tokenizer, trained.model)
+        renderer = loading.make_renderer(config, tokenizer, trained)
     parts = Parts(
-        config=config, method=method, output=output, policy=policy, reference=None,
+        config=config, method=method, output=output, model=trained, reference=None,
         tokenizer=tokenizer, renderer=renderer, data=None, prompts=None,
         held_out=None, reward=made_reward, gold=gold,
         micro_batch_tokens=config.micro_batch_tokens,
@@ -92,11 +100,11 @@ def prepare(
     if trains and parts.renderer is not None:
         for judge in (parts.reward, parts.gold):
             loading.try_reward(judge, parts.prompts, parts.renderer)
-    if parts.micro_batch_tokens is None and policy.device.type == "cpu":
+    if parts.micro_batch_tokens is None and trained.device.type == "cpu":
         parts.micro_batch_tokens = loading.CPU_MICRO_BATCH_TOKENS
-    if policy.autocast is not None and config.dtype == "auto":
+    if trained.autocast is not None and config.dtype == "auto":
         parts.notes.append(
-            f"compute in {policy.autocast} over float32 weights: faster on this machine"
+            f"compute in {trained.autocast} over float32 weights: faster on this machine"
         )
     return parts
 
@@ -119,11 +127,9 @@ def _check_vocabulary(tokenizer: Any, model: Any) -> None:
 
 def _check_needs(config: Config, method: Method, reward: rewards.Reward | None, data: Any) -> None:
     """The reward and the data that the row needs."""
-    if reward is None and "reward" in method.needs:
-        raise UserError(
-            f"reward: the method '{method.name}' ranks samples and needs one, "
-            "e.g. --reward length:within=20."
-        )
+    drawing = [t for t in method.terms if "reward" in t.needs and t.source.draws]
+    if reward is None and drawing:
+        raise _no_reward(method)
     want = loading.want_of(method)
     if data is None and (want != "prompts" or config.prompts is None):
         raise UserError(
@@ -131,24 +137,38 @@ def _check_needs(config: Config, method: Method, reward: rewards.Reward | None, 
         )
 
 
+def _no_reward(method: Method) -> UserError:
+    return UserError(
+        f"reward: the method '{method.name}' judges responses and needs one, "
+        "e.g. --reward length:within=20."
+    )
+
+
 def _load_data(parts: Parts, data: Any, trains: bool) -> None:
     """Data, prompts and held-out rows; refused rows go beside the output."""
     config = parts.config
     if parts.renderer is None:
         return
-    draws = any(t.source.draws for t in parts.method.terms)
+    draws = any(t.source.draws or t.source.on_policy for t in parts.method.terms)
     reserve = config.max_new_tokens if draws else 0
+    if parts.renderer is not None:  # room for the control behind a prompt
+        controls = loading.controls_of(parts.method, parts.renderer.tokenizer)
+        reserve += max(map(len, controls), default=0) if controls else 0
     rejected: list[Rejected] = []
     try:
         if data is not None:
             want = loading.want_of(parts.method)
             parts.data, report = _load_rows(parts, data, want, reserve, rejected)
             parts.notes.append(loading.describe(parts.data, report, len(rejected)))
+            parts.method = loading.fitted(parts.method, parts.data)
+            scored = loading.has_scores(parts.data)
+            if trains and "reward" in parts.method.needs and not (parts.reward or scored):
+                raise _no_reward(parts.method)
         if config.prompts is not None:
             parts.prompts, _ = _load_rows(parts, config.prompts, "prompts", reserve, rejected)
         if trains and config.eval_data is not None:
-            room = config.max_new_tokens
-            parts.held_out, _ = _load_rows(parts, config.eval_data, "prompts", room, rejected)
+            room, want = (0, "pairs") if _scores(parts) else (config.max_new_tokens, "prompts")
+            parts.held_out, _ = _load_rows(parts, config.eval_data, want, room, rejected)
     except BadRows as error:
         rejected.extend(error.rejected)
         raise
@@ -165,7 +185,7 @@ def _load_rows(
 ) -> tuple[Rows, Report]:
     """Rows of one source; what it refuses is added to `rejected`."""
     assert parts.renderer is not None, "a tokenizer is loaded where there is data"
-    context = loading.context_of(parts.policy.model)
+    context = loading.context_of(parts.model.model)
     rows, report, refused = loading.load_rows(
         source, parts.config, parts.renderer, want=want, context=context, reserve=reserve
     )
@@ -182,6 +202,11 @@ def _keep_rejected(parts: Parts, rejected: Sequence[Rejected]) -> None:
         parts.notes.append(f"refused rows were kept in {path}")
 
 
+def _scores(parts: Parts) -> bool:
+    """The model is one of the reward: it is evaluated on pairs, and nothing is sampled."""
+    return isinstance(parts.model, RewardModel)
+
+
 def _hold_out(parts: Parts) -> None:
     """Set rows of the data aside for evaluation."""
     rows, config = parts.data, parts.config
@@ -189,7 +214,7 @@ def _hold_out(parts: Parts) -> None:
         return
     if config.eval_fraction is not None:
         count = round(config.eval_fraction * len(rows))
-    elif parts.reward is not None and len(rows) >= HELD_OUT_LEAST:
+    elif (parts.reward or _scores(parts)) and len(rows) >= HELD_OUT_LEAST:
         count = min(int(HELD_OUT_SHARE * len(rows)), HELD_OUT_MOST)
     else:
         count = 0
@@ -202,19 +227,33 @@ def _hold_out(parts: Parts) -> None:
         raise UserError(
             f"eval_fraction: {config.eval_fraction} of {len(rows)} rows leaves none to train on."
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-    parts.data, parts.held_out = (
-        rows.select(order[count:].sort().values),
-        rows.select(order[:count]),
-    )
+    # whole prompts: a prompt that is trained on tells about its other rows
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, ids in enumerate(rows.prompts):
+        by_prompt.setdefault(tuple(ids), []).append(i)
+    groups = list(by_prompt.values())
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(config.seed))
+    held: list[int] = []
+    for place in order.tolist():
+        if len(held) >= count or len(held) + len(groups[place]) == len(rows):
+            break
+        held.extend(groups[place])
+    if not held:
+        parts.notes.append("no held-out prompts: every row has the same prompt; give eval_data")
+        return
+    kept = sorted(set(range(len(rows))) - set(held))
+    parts.data, parts.held_out = rows.select(kept), rows.select(held)
+    count = len(held)
     parts.notes.append(f"{count} rows held out for evaluation")
 
 
 def _load_reference(parts: Parts) -> None:
     """The reference, where something asks for it; and the target of a bare `length:mode`."""
     needs = parts.method.needs
-    draws_from_it = any(t.source.draws and not t.source.on_policy for t in parts.method.terms)
+    draws_from_it = any(loading.draws_from_reference(t.source) for t in parts.method.terms)
     open_mode = rewards.is_open(parts.reward) or rewards.is_open(parts.gold)
+    if _scores(parts):
+        return
     if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
         parts.reference = loading.make_reference(parts.config, parts.policy)
     if open_mode and parts.prompts is not None and parts.reference is not None:
@@ -226,9 +265,13 @@ def _load_reference(parts: Parts) -> None:
 
 def make_world(parts: Parts) -> World:
     """What the loop's rounds are made from."""
+    reference = parts.reference
+    if reference is not None and parts.method.reference_update != "fixed":
+        reference = reference.frozen_copy()  # evaluation keeps the one that stays
     return World(
-        policy=parts.policy, reference=parts.reference, data=parts.data, prompts=parts.prompts,
+        policy=parts.model, reference=reference, data=parts.data, prompts=parts.prompts,
         reward=parts.judge(parts.reward, parts.prompts), seed=parts.config.seed,
+        data_reward=parts.judge(parts.reward, parts.data),
         batch_size=parts.config.batch_size, micro_batch_tokens=parts.micro_batch_tokens,
     )  # fmt: skip
 
@@ -262,6 +305,8 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
     return {
         "method": parts.method.name,
         "terms": spec.to_data(parts.method),
+        "reference_update": parts.method.reference_update,
+        **({"target_kl": parts.method.target_kl} if parts.method.target_kl else {}),
         **flat,
         **({"reward": reward} if reward else {}),
         **({"label_source": judged_by} if judged_by else {}),
@@ -270,9 +315,9 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
         "eval_every": settings.eval_every,
         **({"micro_batch_tokens": parts.micro_batch_tokens} if parts.micro_batch_tokens else {}),
         "dtype": "bfloat16"
-        if parts.policy.autocast
-        else str(parts.policy.model.dtype).removeprefix("torch."),
-        "device": parts.policy.device.type,
-        "share_prefix": parts.policy.share_prefix,
+        if parts.model.autocast
+        else str(parts.model.model.dtype).removeprefix("torch."),
+        "device": parts.model.device.type,
+        "share_prefix": parts.model.share_prefix,
         "threads": torch.get_num_threads(),
     }

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from preftune.collecting import Context, Cursor, Data, Source
+from preftune.kl_control import adapt
 from preftune.labellers import State
-from preftune.methods import Method
+from preftune.labellers.base import KL_SCALE, log_ratio
+from preftune.method import Method
 from preftune.numerics import permutation, stream_key
-from preftune.policies.base import Policy
-from preftune.policies.scoring import score_all
+from preftune.policies.base import Policy, Trainable
+from preftune.policies.scoring import outputs_all, score_all
 from preftune.samples import Batch, Samples
-from preftune.sources import Context, Cursor, Data, Source
 from preftune.terms import Term
 
 RewardFunction = Callable[[Samples], Tensor]
@@ -27,18 +29,22 @@ RewardFunction = Callable[[Samples], Tensor]
 class World:
     """What rounds are made from; the same for the whole run."""
 
-    policy: Policy
+    policy: Trainable
+    """A policy, or a reward model where no term draws or asks for log-probs."""
     reference: Policy | None
     data: Data | None
     """What sources that read are given."""
     prompts: Data | None
     """What sources that draw are given; often the same."""
     reward: RewardFunction | None
+    """Of responses to `prompts`."""
     seed: int
     batch_size: int
     """Items an update takes of each source (before `share`)."""
     micro_batch_tokens: int | None
     """Tokens in one forward pass; None: all at once."""
+    data_reward: RewardFunction | None = None
+    """Of responses to the prompts of `data`; None: `reward` serves both."""
 
 
 @dataclass
@@ -70,11 +76,35 @@ class Group:
     states: list[State] = field(default_factory=list)
     """One a term; equal labellers share one call, so theirs are equal."""
     round: Round | None = None
+    target_kl: float | None = None
+    leads: bool = False
+    """The reference follows the policy at its rounds (reference_update: round)."""
+    queries: int = 0
+    """Responses that the reward was asked about, a run."""
+
+    @property
+    def steered(self) -> bool:
+        """A KL of its terms is held at the budget."""
+        if self.target_kl is None or not self.source.on_policy:
+            return False
+        return any(t.kl_coefficient for t in self.terms)
+
+    def factor(self, i: int) -> float | Tensor:
+        """Weight of its term i now: a KL's follows the budget, [*R]."""
+        term = self.terms[i]
+        scale = self.states[i].get(KL_SCALE) if term.penalises_kl else None
+        return term.factor if scale is None else term.factor * scale
 
     @property
     def needs(self) -> frozenset[str]:
         """What its rounds are scored with."""
-        return frozenset().union(*(t.needs for t in self.terms))
+        found = frozenset().union(*(t.needs for t in self.terms))
+        return found | {"logp", "ref_logp"} if self.steered else found
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """What its terms take of the model in an update."""
+        return frozenset().union(*(t.outputs for t in self.terms))
 
     @property
     def idle(self) -> bool:
@@ -97,22 +127,60 @@ def group_terms(method: Method) -> list[Group]:
             found[0].places.append(place)
             found[0].states.append({})
         else:
-            groups.append(Group(source=term.source, terms=[term], places=[place], states=[{}]))
+            groups.append(
+                Group(
+                    source=term.source, terms=[term], places=[place], states=[{}],
+                    target_kl=method.target_kl,
+                )
+            )  # fmt: skip
+    if method.reference_update == "round":
+        next((g for g in groups if g.source.on_policy), groups[0]).leads = True
     return groups
 
 
-def _score(samples: Samples, needs: frozenset[str], world: World) -> Samples:
+def _score(samples: Samples, group: Group, world: World) -> Samples:
     """Fill in what the row declares that it needs, once for the round."""
-    budget = world.micro_batch_tokens
-    if "logp" in needs and (samples.logp is None or not world.policy.exact_sampler):
-        samples = replace(samples, logp=score_all(world.policy, samples, budget))
+    budget, needs = world.micro_batch_tokens, group.needs
+    exact = getattr(world.policy, "exact_sampler", False)
+    own = {"value"} if "value" in needs and samples.value is None else set()
+    if "logp" in needs and (samples.logp is None or not exact):
+        own |= {"logp"}
+    if own:
+        samples = replace(samples, **outputs_all(world.policy, samples, budget, frozenset(own)))
     if "ref_logp" in needs and samples.ref_logp is None:
         assert world.reference is not None, "the row needs a reference policy"
         samples = replace(samples, ref_logp=score_all(world.reference, samples, budget))
     if "reward" in needs and samples.reward is None:
-        assert world.reward is not None, "the row needs a reward"
-        samples = replace(samples, reward=world.reward(samples))
+        judge = world.reward if group.source.draws else world.data_reward or world.reward
+        assert judge is not None, "the row needs a reward"
+        samples = replace(samples, reward=judge(samples))
+        group.queries += samples.row.shape[-1] * samples.tokens.shape[-2]
     return samples
+
+
+def _steer(group: Group, samples: Samples) -> None:
+    """Move the coefficients of the group's KL towards the budget, by this round's KL."""
+    kl = log_ratio(samples).mean((-2, -1))
+    for i, term in enumerate(group.terms):
+        if term.kl_coefficient:
+            assert group.target_kl is not None, "steered groups have a budget"
+            group.states[i] = adapt(group.states[i], kl, group.target_kl)
+
+
+def _collect(group: Group, world: World, version: int, given: Samples | None) -> Samples:
+    """The next round's samples, unscored; a leading group first brings the reference along."""
+    source = group.source
+    ctx = Context(
+        data=world.prompts if source.draws else world.data, policy=world.policy,
+        reference=world.reference, version=version, seed=world.seed,
+        cursor=group.cursor, kept=group.kept, given=given if source.on_policy else None,
+    )  # fmt: skip
+    new_epoch = group.cursor.position == 0 and group.cursor.epoch > 0
+    if group.leads and (source.on_policy or new_epoch):
+        assert world.reference is not None, "reference_update needs a reference"
+        world.reference.follow(world.policy, 0.0)
+    per_update = group.prompts_per_update(world.batch_size, source.num_responses)
+    return source.collect(ctx, source.prompts_per_round or per_update)
 
 
 def refill(group: Group, world: World, version: int, given: Samples | None = None) -> None:
@@ -120,20 +188,12 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
 
     `given` stands in for what an on-policy source would draw.
     """
-    source = group.source
-    per_update = group.prompts_per_update(world.batch_size, source.num_responses)
-    ctx = Context(
-        data=world.prompts if source.draws else world.data, policy=world.policy,
-        reference=world.reference, version=version, seed=world.seed,
-        cursor=group.cursor, kept=group.kept,
-    )  # fmt: skip
     drawn = group.cursor.drawn
-    if given is not None and source.on_policy:
-        samples = given
-        per_update = group.prompts_per_update(world.batch_size, given.tokens.shape[-2])
-    else:
-        samples = source.collect(ctx, source.prompts_per_round or per_update)
-    samples = _score(samples, group.needs, world)
+    samples = _score(_collect(group, world, version, given), group, world)
+    if group.steered:
+        _steer(group, samples)
+    num_responses = samples.tokens.shape[-2]
+    per_update = group.prompts_per_update(world.batch_size, num_responses)
 
     labelled: list[Batch] = []
     for i, term in enumerate(group.terms):
@@ -146,9 +206,9 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
 
     num_prompts = samples.row.shape[-1]
     minibatches: list[Tensor] = []
-    for number in range(source.passes):
+    for number in range(group.source.passes):
         # the first pass keeps the order of collection, which is already shuffled
-        key = stream_key(world.seed, source, "passes", drawn)
+        key = stream_key(world.seed, group.source, "passes", drawn)
         order = permutation(key, number, num_prompts) if number else torch.arange(num_prompts)
         minibatches.extend(order.split(per_update))
     group.round = Round(samples, labelled, minibatches)
@@ -169,5 +229,5 @@ def updates_per_epoch(method: Method, num_prompts: int, batch_size: int) -> int:
     source = group.source
     per_update = group.prompts_per_update(batch_size, source.num_responses)
     per_round = source.prompts_per_round or per_update
-    rounds = -(-num_prompts // per_round)
+    rounds = -(-num_prompts // max(1, per_round // source.prompts_per_row))
     return rounds * source.passes * -(-per_round // per_update)

@@ -59,6 +59,76 @@ class Samples:
         """Response tokens, the end token included."""
         return self.mask.sum(-1)
 
+    def at(self, responses: Int[Tensor, "*R N J"]) -> "Samples":
+        """Those responses of each prompt, in this order."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            if x.ndim > responses.ndim:
+                return x.gather(-2, responses.unsqueeze(-1).expand(*responses.shape, x.shape[-1]))
+            return x.gather(-1, responses)
+
+        return replace(self, **{name: pick(getattr(self, name)) for name in (*_RESPONSE, *_TOKEN)})
+
+    def trimmed(self) -> "Samples":
+        """Without the columns that are padding in every response, so that what else was in the
+        round changes no rounding."""
+        width = max(1, int(self.mask.sum(-1).max()))
+        cut = {n: x[..., :width] for n in _TOKEN if (x := getattr(self, n)) is not None}
+        return replace(self, **cut)
+
+
+_TOKEN = ("tokens", "mask", "logp", "ref_logp", "value")
+_RESPONSE = ("finished", "origin", "reward")
+
+
+def _wide(x: Tensor, width: int, left: bool = False) -> Tensor:
+    gap = width - x.shape[-1]
+    return torch.nn.functional.pad(x, (gap, 0) if left else (0, gap))
+
+
+def _cat(parts: list[Samples], names: tuple[str, ...], axis: int) -> dict[str, Tensor | None]:
+    """Fields of all parts one after another; None where a part has none."""
+    width = max(p.tokens.shape[-1] for p in parts)
+    out: dict[str, Tensor | None] = {}
+    for name in names:
+        values = [getattr(p, name) for p in parts]
+        if any(v is None for v in values):
+            out[name] = None
+            continue
+        if name in _TOKEN:
+            values = [_wide(v, width) for v in values]
+        if values[0].is_floating_point():
+            dtype = max((v.dtype for v in values), key=lambda d: torch.finfo(d).bits)
+            values = [v.to(dtype) for v in values]
+        out[name] = torch.cat(values, axis)
+    return out
+
+
+def join(parts: list[Samples]) -> Samples:
+    """Concatenate along the prompts; prompts are padded on the left, responses on the right."""
+    axis = parts[0].row.ndim - 1
+    width = max(p.prompt.shape[-1] for p in parts)
+    parts = [
+        replace(
+            p,
+            prompt=_wide(p.prompt, width, left=True),
+            prompt_mask=_wide(p.prompt_mask, width, left=True),
+        )
+        for p in parts
+    ]
+    return replace(
+        parts[0],
+        **_cat(parts, ("prompt", "prompt_mask", "row", *_RESPONSE, *_TOKEN), axis),
+        extra={},
+    )
+
+
+def beside(parts: list[Samples]) -> Samples:
+    """Responses of several origins to the same prompts, side by side: K adds up."""
+    return replace(parts[0], **_cat(parts, (*_RESPONSE, *_TOKEN), parts[0].row.ndim), extra={})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

@@ -1,124 +1,45 @@
-"""Where responses come from.
-
-A source is frozen and holds no tensors; what it must remember (how far it is in the data) is a
-`Cursor`, kept and saved by the loop. Its random numbers are keyed by what it is.
-"""
+"""Where responses come from: the data, the reference, the policy as it is, or several of these."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from preftune.numerics import permutation, stream_key, uniform
+from preftune.collecting import Context, Cursor, Data, Source, rows_of
+from preftune.numerics import stream_key, uniform
 from preftune.policies.base import Policy
-from preftune.samples import DATA, REFERENCE, Samples
+from preftune.samples import DATA, REFERENCE, Samples, beside, join
 
-
-@runtime_checkable
-class Data(Protocol):
-    """Prompts with the responses that the data hold for them."""
-
-    def __len__(self) -> int: ...
-    def samples(self, index: Tensor, *, responses: list[int] | None = None) -> Samples:
-        """The data's responses; those at the places `responses`, all if None."""
-        ...
-
-    def prompts_only(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts [n, P] and their mask."""
-        ...
-
-
-@dataclass
-class Cursor:
-    """How far a source is: all of its state, in a few integers."""
-
-    epoch: int = 0
-    position: int = 0
-    """Prompts of this epoch already taken."""
-    drawn: int = 0
-    """Prompts ever taken: the counter of the random stream."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """What a source may use while it collects."""
-
-    data: Data | None
-    """What the source reads, or whose prompts it draws responses to."""
-    policy: Policy
-    reference: Policy | None
-    version: int
-    """Optimizer steps that the policy has taken."""
-    seed: int
-    cursor: Cursor
-    kept: dict[int, Samples]
-    """What a source drew once and for all, by row of the data."""
-
-    @property
-    def rows(self) -> Data:
-        """The data, which a source that collects must have."""
-        assert self.data is not None, "the source has no data to take prompts from"
-        return self.data
-
-    def next_rows(self, n: int, key: int, *, wrap: bool) -> Tensor:
-        """The next n rows, in a fresh order each epoch; unless `wrap`, its end cuts them short."""
-        total = len(self.rows)
-        rows: list[Tensor] = []
-        while n > 0:
-            order = permutation(stream_key(self.seed, key, "order"), self.cursor.epoch, total)
-            part = order[self.cursor.position : self.cursor.position + n]
-            rows.append(part)
-            self.cursor.position += len(part)
-            self.cursor.drawn += len(part)
-            n -= len(part)
-            if self.cursor.position >= total:
-                self.cursor.epoch, self.cursor.position = self.cursor.epoch + 1, 0
-                if not wrap:
-                    break
-        return torch.cat(rows)
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Frozen, hashable, no tensors. Equal sources share samples, minibatches and forwards."""
-
-    @property
-    def on_policy(self) -> bool:
-        """Responses are drawn from the policy as it is trained."""
-        ...
-
-    @property
-    def draws(self) -> bool:
-        """It samples responses (to the prompts set); otherwise it reads the data's."""
-        ...
-
-    @property
-    def passes(self) -> int:
-        """How often a round is gone through: sample reuse."""
-        ...
-
-    @property
-    def prompts_per_round(self) -> int | None:
-        """None: as many as one update takes."""
-        ...
-
-    @property
-    def num_responses(self) -> int:
-        """K."""
-        ...
-
-    def collect(self, ctx: Context, n: int, prompts: Tensor | None = None) -> Samples:
-        """Responses to the next n prompts, or to the rows given."""
-        ...
+__all__ = [
+    "Context",
+    "Cursor",
+    "Data",
+    "Offline",
+    "OnPolicy",
+    "Pool",
+    "Reference",
+    "Source",
+    "good",
+    "join",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offline:
-    """The data set, epoch by epoch. Its round is one minibatch; the last of an epoch is short."""
+    """The data set, epoch by epoch. Its round is one minibatch; the last of an epoch is short.
 
-    take: Literal["all", "chosen"] = "all"
-    """All responses, or the first alone (the chosen of a pair, the one of a completion)."""
+    Where the data score both responses (score_chosen, score_rejected), these are their rewards.
+    """
+
+    take: Literal["all", "chosen", "conditioned", "mismatched"] = "all"
+    """all: every response of a row.
+    chosen: the first alone (the chosen of a pair, the one of a completion).
+    conditioned: each response to its prompt with a control token for good or bad.
+    mismatched: all, and the first response of the next row, which is scored and not trained."""
+    responses: int = 2
+    """Of a row of the data: 2 of a pair, 1 of a completion (told from the data at the start)."""
     on_policy = False
     draws = False
     passes = 1
@@ -127,13 +48,69 @@ class Offline:
     @property
     def num_responses(self) -> int:
         """See `Source.num_responses`."""
-        return 1 if self.take == "chosen" else 2
+        single = self.take in ("chosen", "conditioned")
+        return 1 if single else self.responses + (self.take == "mismatched")
+
+    @property
+    def reads(self) -> int:
+        """See `Source.reads`."""
+        return 1 if self.take == "chosen" else self.responses
+
+    @property
+    def prompts_per_row(self) -> int:
+        """See `Source.prompts_per_row`."""
+        return self.responses if self.take == "conditioned" else 1
 
     def collect(self, ctx: Context, n: int, prompts: Tensor | None = None) -> Samples:
         """See `Source.collect`."""
+        n = max(1, n // self.prompts_per_row)
         rows = ctx.next_rows(n, stream_key("Offline"), wrap=False) if prompts is None else prompts
         out = ctx.rows.samples(rows, responses=[0] if self.take == "chosen" else None)
-        return replace(out, origin=torch.full_like(out.origin, DATA))
+        out = replace(out, origin=torch.full_like(out.origin, DATA), reward=_scored(out))
+        if self.take == "mismatched":
+            other = ctx.rows.samples((rows + 1) % len(ctx.rows), responses=[0])
+            return replace(beside([out, replace(other, reward=None)]), extra=out.extra)
+        return _conditioned(out, ctx.sampler) if self.take == "conditioned" else out
+
+
+def good(samples: Samples) -> Bool[Tensor, "*R N K"]:
+    """Which of the data's responses are good: by their label, else the first of a pair."""
+    num_responses = samples.tokens.shape[-2]
+    if "label" in samples.extra and num_responses == 1:
+        return (samples.extra["label"].nan_to_num(nan=1.0) > 0.5).unsqueeze(-1)
+    return (torch.arange(num_responses) == 0).expand(samples.finished.shape)
+
+
+def _scored(samples: Samples) -> Tensor | None:
+    """The data's own scores of a pair as rewards, where they are complete."""
+    columns = [samples.extra.get(name) for name in ("score_chosen", "score_rejected")]
+    if samples.tokens.shape[-2] != 2 or any(c is None or c.isnan().any() for c in columns):
+        return None
+    return torch.stack([c for c in columns if c is not None], -1)
+
+
+def _conditioned(samples: Samples, policy: Policy) -> Samples:
+    """Each response by itself, its prompt with the control token that its label asks for."""
+    axis, num_responses = samples.row.ndim - 1, samples.tokens.shape[-2]
+
+    def flat(x: Tensor) -> Tensor:  # [*R, N, K, ...] -> [*R, N * K, ...]
+        return x.flatten(axis, axis + 1)
+
+    prompt, prompt_mask = policy.condition(
+        samples.prompt.repeat_interleave(num_responses, axis),
+        samples.prompt_mask.repeat_interleave(num_responses, axis),
+        flat(good(samples)),
+    )
+    return Samples(
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        tokens=flat(samples.tokens).unsqueeze(-2),
+        mask=flat(samples.mask).unsqueeze(-2),
+        finished=flat(samples.finished).unsqueeze(-1),
+        origin=flat(samples.origin).unsqueeze(-1),
+        row=samples.row.repeat_interleave(num_responses, axis),
+        reward=None if samples.reward is None else flat(samples.reward).unsqueeze(-1),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +118,13 @@ class Reference:
     """Responses drawn once from the reference policy, when a prompt is first met, and kept."""
 
     samples_per_prompt: int = 4
+    """Responses drawn to a prompt."""
     on_policy = False
     draws = True
     passes = 1
     prompts_per_round = None
+    reads = 0
+    prompts_per_row = 1
 
     @property
     def num_responses(self) -> int:
@@ -154,7 +134,7 @@ class Reference:
     def collect(self, ctx: Context, n: int, prompts: Tensor | None = None) -> Samples:
         """See `Source.collect`."""
         assert ctx.reference is not None, "the reference source needs the reference policy"
-        key = stream_key(ctx.seed, self)
+        key = ctx.key(self)
         rows = ctx.next_rows(n, key, wrap=False) if prompts is None else prompts
         fresh = torch.tensor([int(r) for r in rows if int(r) not in ctx.kept], dtype=torch.long)
         if len(fresh):
@@ -171,11 +151,15 @@ class OnPolicy:
     """Fresh rounds from the policy as it is when a round begins."""
 
     samples_per_prompt: int = 2
+    """Responses drawn to a prompt."""
     prompts_per_round: int | None = None
     """None: one update's worth, which is fully on-policy at one pass."""
     passes: int = 1
+    """Times that a round is gone through: sample reuse."""
     on_policy = True
     draws = True
+    reads = 0
+    prompts_per_row = 1
 
     @property
     def num_responses(self) -> int:
@@ -184,13 +168,72 @@ class OnPolicy:
 
     def collect(self, ctx: Context, n: int, prompts: Tensor | None = None) -> Samples:
         """See `Source.collect`."""
-        key = stream_key(ctx.seed, self)
+        if ctx.given is not None:
+            return ctx.given
+        key = ctx.key(self)
         first = ctx.cursor.drawn
         rows = ctx.next_rows(n, key, wrap=True) if prompts is None else prompts
         counters = first + torch.arange(len(rows))
         return _draw(
-            ctx.policy, ctx.rows, rows, self.samples_per_prompt, key, counters, ctx.version
+            ctx.sampler, ctx.rows, rows, self.samples_per_prompt, key, counters, ctx.version
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Several sources' responses to the same prompts: the first draws the prompts, the others
+    answer them, and K adds up in this order. The data's soft labels do not carry over."""
+
+    members: tuple["Source", ...]
+
+    @property
+    def _fresh(self) -> "Source | None":
+        return next((m for m in self.members if m.on_policy), None)
+
+    @property
+    def on_policy(self) -> bool:
+        """See `Source.on_policy`: a member is."""
+        return self._fresh is not None
+
+    @property
+    def draws(self) -> bool:
+        """See `Source.draws`: of the member that brings the prompts."""
+        return self.members[0].draws
+
+    @property
+    def passes(self) -> int:
+        """See `Source.passes`: its on-policy member's."""
+        return self._fresh.passes if self._fresh else 1
+
+    @property
+    def prompts_per_round(self) -> int | None:
+        """See `Source.prompts_per_round`: its on-policy member's."""
+        return self._fresh.prompts_per_round if self._fresh else None
+
+    @property
+    def num_responses(self) -> int:
+        """See `Source.num_responses`."""
+        return sum(m.num_responses for m in self.members)
+
+    @property
+    def reads(self) -> int:
+        """See `Source.reads`."""
+        return max(m.reads for m in self.members)
+
+    @property
+    def prompts_per_row(self) -> int:
+        """See `Source.prompts_per_row`."""
+        return 1
+
+    def collect(self, ctx: Context, n: int, prompts: Tensor | None = None) -> Samples:
+        """See `Source.collect`."""
+        if prompts is None and ctx.given is not None:
+            prompts = rows_of(ctx.rows, ctx.given)
+        parts: list[Samples] = []
+        for place, member in enumerate(self.members):
+            parts.append(member.collect(replace(ctx, place=place), n, prompts))
+            prompts = parts[0].row if prompts is None else prompts
+        return replace(beside(parts), row=prompts)
 
 
 def _draw(
@@ -210,29 +253,3 @@ def _draw(
 
     prompt, prompt_mask = data.prompts_only(rows)
     return replace(policy.sample(prompt, prompt_mask, num_responses, stream, origin), row=rows)
-
-
-def join(parts: list[Samples]) -> Samples:
-    """Concatenate along the prompts; prompts are padded on the left, responses on the right."""
-    prompt_width = max(p.prompt.shape[-1] for p in parts)
-    width = max(p.tokens.shape[-1] for p in parts)
-
-    def wide(x: Tensor | None, to: int, left: bool) -> Tensor | None:
-        if x is None:
-            return None
-        gap = to - x.shape[-1]
-        return torch.nn.functional.pad(x, (gap, 0) if left else (0, gap))
-
-    def cat(name: str) -> Tensor | None:
-        values = [getattr(p, name) for p in parts]
-        if any(v is None for v in values):
-            return None
-        if name in ("prompt", "prompt_mask"):
-            values = [wide(v, prompt_width, True) for v in values]
-        elif name in ("tokens", "mask", "logp", "ref_logp", "value"):
-            values = [wide(v, width, False) for v in values]
-        return torch.cat(values, parts[0].row.ndim - 1)
-
-    names = ("prompt", "prompt_mask", "tokens", "mask", "finished", "origin", "row")
-    optional = ("logp", "ref_logp", "value", "reward")
-    return Samples(**{name: cat(name) for name in (*names, *optional)})  # type: ignore[arg-type]

@@ -15,36 +15,52 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from preftune import labellers, objectives, sources
 from preftune.errors import UserError, nearest
-from preftune.methods import Method, resolve
+from preftune.method import Method, resolve
 from preftune.samples import Samples
 from preftune.terms import Term, loss_sum
 
-_SOURCES = {
+_SOURCES: dict[str, Any] = {
     "offline": sources.Offline,
     "reference": sources.Reference,
     "on_policy": sources.OnPolicy,
+    "pool": sources.Pool,
 }
-_LABELLERS = {
+_LABELLERS: dict[str, Any] = {
     "demonstration": labellers.Demonstration,
+    "good": labellers.Good,
+    "feedback": labellers.Feedback,
     "given_preference": labellers.GivenPreference,
     "best_worst": labellers.BestWorst,
+    "all_pairs": labellers.AllPairs,
+    "random_pair": labellers.RandomPair,
     "best": labellers.Best,
+    "reward_weights": labellers.RewardWeights,
+    "advantage": labellers.Advantage,
     "unlabelled": labellers.Unlabelled,
+    "member": labellers.Member,
 }
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (("samples_per_prompt", "prompts_per_round", "passes"), "1 or more", lambda x: x >= 1),
-    (("beta", "tau", "clip", "max_weight"), "above 0", lambda x: x > 0),
-    (("kl", "threshold"), "0 or more", lambda x: x >= 0),
+    (
+        ("beta", "tau", "clip", "max_weight", "limit", "max_ratio", "target_kl"),
+        "above 0",
+        lambda x: x > 0,
+    ),
+    (("kl", "threshold", "no_end_penalty", "mix_scale", "place"), "0 or more", lambda x: x >= 0),
+    (("gamma", "lam"), "0 to 1", lambda x: 0 <= x <= 1),
     (("label_smoothing",), "at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
 )
-_KEYS = ("source", "labeller", "objective", "settings", "weight", "share", "level", "unit")
+_PLAIN = ("weight", "share", "level", "unit", "max_ratio")
+_KEYS = ("source", "labeller", "objective", "settings", *_PLAIN)
+ROW_KEYS = ("name", "terms", "reference_update", "target_kl")
+"""Of a row in YAML."""
 
 
 def to_data(method: Method) -> list[dict[str, Any]]:
@@ -61,6 +77,7 @@ def to_data(method: Method) -> list[dict[str, Any]]:
             "share": term.share,
             "level": term.level,
             "unit": term.unit,
+            **({"max_ratio": term.max_ratio} if term.max_ratio is not None else {}),
         }
         for term in resolve(method).terms
     ]
@@ -83,6 +100,23 @@ def from_data(name: str, terms: Any, base: Method | None = None) -> Method:
     return Method(name=name, terms=built, **extra)
 
 
+def from_row(data: Mapping[str, Any]) -> Method:
+    """A row as a YAML file holds it: its terms, and what is the whole row's.
+
+    Raises:
+        UserError: what is wrong, by its path.
+    """
+    for key in data:
+        if key not in ROW_KEYS:
+            raise UserError(
+                f"method.{key}: a row has {', '.join(ROW_KEYS)}.{nearest(str(key), ROW_KEYS)}"
+            )
+    kinds = _kinds(Method)
+    row = from_data(str(data.get("name", "custom")), data.get("terms"))
+    more = {k: _value(f"method.{k}", v, kinds[k]) for k, v in data.items() if k in ROW_KEYS[2:]}
+    return replace(row, **more)
+
+
 def _term(where: str, data: Any) -> Term:
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: must be a mapping with {', '.join(_KEYS)}.")
@@ -96,7 +130,7 @@ def _term(where: str, data: Any) -> Term:
     kinds = get_type_hints(Term)
     rest: dict[str, Any] = {
         k: _value(f"{where}.{k}", data[k], float if k in ("weight", "share") else kinds[k])
-        for k in ("weight", "share", "level", "unit")
+        for k in _PLAIN
         if k in data
     }
     settings = data.get("settings") or {}
@@ -122,8 +156,7 @@ def check_term(where: str, term: Term) -> None:
     if not 0 < term.share <= 1:
         raise UserError(f"{where}.share: must lie above 0 and up to 1, not {term.share}.")
     for part, named in ((term.source, "source"), (term.labeller, "labeller")):
-        for name, kind in _kinds(type(part)).items():
-            _value(f"{where}.{named}.{name}", getattr(part, name), kind)
+        _check_part(f"{where}.{named}", part)
     objective = _name(term.objective, {n: getattr(objectives, n) for n in objectives.__all__})
     for key, value in term.settings.items():
         if not term.takes(str(key)):
@@ -136,10 +169,14 @@ def check_term(where: str, term: Term) -> None:
         if value != parameter.default and "float" in str(parameter.annotation):
             _value(f"{where}.settings.{key}", value, float)
     labeller = _name(type(term.labeller), _LABELLERS)
-    if term.labeller.given and term.source.draws:
+    if term.labeller.given and not term.source.reads:
         raise UserError(
             f"{where}.labeller: {labeller} reads the data's own responses, which this source draws "
             "instead. Use best_worst or best, or the source offline."
+        )
+    if term.level != "token" and {"value", "value_old"} & set(term.parameters):
+        raise UserError(
+            f"{where}.level: {objective} works on each token's value. Give level: token."
         )
     if term.source.num_responses >= term.labeller.least:  # else `methods.check` has its say
         _rehearse(where, term, objective, labeller)
@@ -156,10 +193,16 @@ def _rehearse(where: str, term: Term, objective: str, labeller: str) -> None:
         origin=torch.zeros(shape[:2], dtype=torch.long), logp=score, ref_logp=score - 1,
         value=score, reward=score.sum(-1).double(),
     )  # fmt: skip
+    now = {"logp": score, "value": score, "collision": score, "score": score.sum(-1)}
     try:
         batch, _ = term.labeller(samples, {})
     except Exception:  # a labeller of the user's own may need columns that only real data have
         return
+    if "target" in term.parameters and "target" not in batch.data:
+        raise UserError(
+            f"{where}: {objective} learns the targets that the labeller advantage makes with "
+            "baseline: value. Set that baseline, or leave the term out."
+        )
     for name, parameter in term.parameters.items():
         role = name.rpartition("_")[2]
         if role in ("chosen", "rejected") and role not in batch.roles:
@@ -171,12 +214,25 @@ def _rehearse(where: str, term: Term, objective: str, labeller: str) -> None:
         if term.takes(name) and parameter.default is parameter.empty and not given:
             raise UserError(f"{where}.settings: {objective} needs '{name}', as {{{name}: 0.1}}.")
     try:
-        loss_sum(term, samples, batch, score)
+        loss_sum(term, samples, batch, now)
     except Exception as error:
         raise UserError(
             f"{where}: {objective} does not work on what {labeller} makes "
             f"at level {term.level}: {error}."
         ) from error
+
+
+def _check_part(where: str, part: Any) -> None:
+    """Every field of a source or labeller, and of the parts inside it."""
+    for name, kind in _kinds(type(part)).items():
+        value = getattr(part, name)
+        if isinstance(value, tuple) and value and is_dataclass(value[0]):
+            for i, member in enumerate(value):
+                _check_part(f"{where}.{name}.{i}", member)
+        elif is_dataclass(value):
+            _check_part(f"{where}.{name}", value)
+        else:
+            _value(f"{where}.{name}", value, kind)
 
 
 def _kinds(part: Any) -> dict[str, Any]:
@@ -203,6 +259,8 @@ def _value(where: str, value: Any, kind: Any) -> Any:
         return value
     if type(None) in choices and value is None:
         return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(x) for x in value)
     whole = int in (kind, *choices)
     if not whole and float not in (kind, *choices):
         return value
@@ -232,11 +290,23 @@ def _build(where: str, data: Any, known: Mapping[str, Callable[..., Any]]) -> An
         if key not in kinds:
             hint = nearest(str(key), kinds)
             raise UserError(f"{where}.{key}: '{name}' has no such setting.{hint}")
-    values = {k: _value(f"{where}.{k}", v, kinds[k]) for k, v in values.items()}
+    values = {k: _field(f"{where}.{k}", v, kinds[k]) for k, v in values.items()}
     try:
         return kind(**values)
     except TypeError as error:  # a field of the user's own class that has no default
         raise UserError(f"{where}: '{name}': {error}.") from error
+
+
+def _field(where: str, data: Any, kind: Any) -> Any:
+    """A field's value: a plain one, a part of its own, or a pool's members."""
+    if get_args(kind)[:1] == (sources.Source,):
+        if not isinstance(data, list) or len(data) < 2:
+            raise UserError(f"{where}: must be a list of two sources or more.")
+        return tuple(_build(f"{where}.{i}", x, _SOURCES) for i, x in enumerate(data))
+    if is_dataclass(kind):
+        values = data if isinstance(data, Mapping) else {}
+        return _build(where, {"name": "it", **values}, {"it": kind})  # type: ignore[dict-item]
+    return _value(where, data, kind)
 
 
 def _find(where: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -259,8 +329,28 @@ def _find(where: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Cal
     return found
 
 
-def _part(part: Any, known: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    return {"name": _name(type(part), known), **asdict(part)}
+def part_name(part: Any) -> str:
+    """A source's or labeller's name in YAML."""
+    return _name(type(part), _SOURCES | _LABELLERS)
+
+
+def _part(part: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": _name(type(part), known), **_plain_fields(part)}
+
+
+def _plain_fields(part: Any) -> dict[str, Any]:
+    """Fields as YAML holds them; a part inside that is as it is by default is left out."""
+    out: dict[str, Any] = {}
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if isinstance(part, sources.Pool):
+            out[f.name] = [_part(m, _SOURCES) for m in value]
+        elif is_dataclass(value):
+            if value != type(value)():
+                out[f.name] = _plain_fields(value)
+        else:
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
 
 
 def _name(thing: Any, known: Mapping[str, Callable[..., Any]]) -> str:

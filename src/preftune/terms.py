@@ -2,10 +2,10 @@
 
     Term = source -> labeller -> objective, with weight, share, level and unit
 
-Arguments of an objective are found by their names. `logp`, `value` are the policy's now;
-`logp_old`, `value_old` those at collection; `ref_logp` the reference's; `len` the response tokens;
-each with `_chosen`, `_rejected` where the labeller names roles. Other names are looked up in the
-labeller's data, then in the term's settings.
+Arguments of an objective are found by their names. `logp`, `value`, `collision` and `score` are the
+model's now (`Trainable.outputs`); `logp_old`, `value_old` those at collection; `ref_logp` the
+reference's; `len` the response tokens; each with `_chosen`, `_rejected` where the labeller names
+roles. Other names are looked up in the labeller's data, then in the term's settings.
 """
 
 import inspect
@@ -19,12 +19,16 @@ from torch import Tensor
 
 from preftune.labellers import Labeller
 from preftune.numerics import masked_sum
+from preftune.objectives import kl_loss, reverse_kl
 from preftune.samples import Batch, Samples
 from preftune.sources import Source
 
 Objective = Callable[..., Tensor]
-_SCORES = ("logp", "value", "logp_old", "value_old", "ref_logp", "len")
+_NOW = ("logp", "value", "collision", "score")
 _FIELDS = {"logp_old": "logp", "value_old": "value", "ref_logp": "ref_logp"}
+_SCORES = (*_NOW, *_FIELDS, "len")
+_A_RESPONSE = ("len", "score")
+"""One number a response at every level."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,13 @@ class Term:
     """Of the mean loss."""
     share: float = 1.0
     """Of batch_size that this term's source draws."""
-    level: Literal["sequence", "token"] = "sequence"
-    """What the objective is given: log-probs summed over tokens, or each token's."""
+    level: Literal["sequence", "mean", "token"] = "sequence"
+    """What the objective is given: log-probs summed over the response's tokens, their mean, or each
+    token's."""
     unit: Literal["sequence", "token"] = "sequence"
     """What the mean is over."""
+    max_ratio: float | None = None
+    """The update is skipped where the mean ratio of its tokens, now to collection, is above."""
 
     @property
     def factor(self) -> float:
@@ -70,11 +77,24 @@ class Term:
         return found is not None and found.kind is found.KEYWORD_ONLY and setting != "baseline"
 
     @cached_property
+    def outputs(self) -> frozenset[str]:
+        """What the objective takes of the model now: logp, value, collision, score."""
+        return frozenset(base for name in self.parameters if (base := _base(name)) in _NOW)
+
+    @property
+    def penalises_kl(self) -> bool:
+        """Its loss is a KL from the reference."""
+        return self.objective in (reverse_kl, kl_loss)
+
+    @property
+    def kl_coefficient(self) -> float | None:
+        """Strength of the term's KL, in its loss or in its labeller's reward; None: it has none."""
+        return self.factor if self.penalises_kl else getattr(self.labeller, "kl", None)
+
+    @cached_property
     def needs(self) -> frozenset[str]:
         """What a round must be scored with, for the labeller and for the objective."""
         found = {_FIELDS[base] for name in self.parameters if (base := _base(name)) in _FIELDS}
-        if "value" in self.parameters:
-            found.add("value")
         return self.labeller.needs | found
 
 
@@ -86,7 +106,7 @@ def _base(name: str) -> str | None:
     return None
 
 
-def _gather(x: Tensor, index: Tensor, per_token: bool) -> Tensor:
+def gather(x: Tensor, index: Tensor, per_token: bool) -> Tensor:
     """x [*R, n, K, (T)] at index [*R, n, Q, A] -> [*R, n, Q, A, (T)]."""
     shape = index.shape
     flat = index.flatten(-2)
@@ -96,28 +116,40 @@ def _gather(x: Tensor, index: Tensor, per_token: bool) -> Tensor:
     return x.gather(-1, flat).unflatten(-1, shape[-2:])
 
 
-def scores(term: Term, samples: Samples, logp: Tensor) -> dict[str, Tensor]:
-    """What the names stand for: [*R, n, K] at sequence level, [*R, n, K, T] at token level."""
-    known = {"logp": logp}
+def scores(term: Term, samples: Samples, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the names stand for: [*R, n, K], or [*R, n, K, T] at token level."""
+    known = dict(now)
     known |= {name: x for name, at in _FIELDS.items() if (x := getattr(samples, at)) is not None}
-    if term.level == "sequence":
-        known = {name: masked_sum(x, samples.mask) for name, x in known.items()}
-    return known | {"len": samples.lengths().to(logp.dtype)}
+    length = samples.lengths()
+    if term.level != "token":
+        for name, x in known.items():
+            if name not in _A_RESPONSE:
+                total = masked_sum(x, samples.mask)
+                known[name] = total / length.clamp(min=1) if term.level == "mean" else total
+    return known | {"len": length}
 
 
-def bind(term: Term, samples: Samples, batch: Batch, logp: Tensor) -> dict[str, Any]:
+def bind(term: Term, samples: Samples, batch: Batch, now: Mapping[str, Tensor]) -> dict[str, Any]:
     """The objective's arguments, by name: tensors [*R, n, Q, (A), (T)] and settings."""
-    known = scores(term, samples, logp)
+    known = scores(term, samples, now)
+    dtype = next(iter(now.values())).dtype
     per_token = term.level == "token"
+    shape = batch.index.shape[:-1] if batch.roles else batch.index.shape
+    shape = (*shape, samples.mask.shape[-1]) if per_token else shape
+
+    def wide(x: Tensor) -> Tensor:
+        return x.to(dtype).reshape(*x.shape, *[1] * (len(shape) - x.ndim)).expand(shape)
+
     arguments: dict[str, Any] = {}
     for name, parameter in term.parameters.items():
         base = _base(name)
         if base in known:
-            x = _gather(known[base], batch.index, per_token and base != "len")
+            x = gather(known[base], batch.index, per_token and base not in _A_RESPONSE)
             role = name[len(base) + 1 :]
-            arguments[name] = x.select(batch.index.ndim - 1, batch.roles.index(role)) if role else x
+            x = x.select(batch.index.ndim - 1, batch.roles.index(role)) if role else x
+            arguments[name] = wide(x)
         elif name in batch.data:
-            arguments[name] = batch.data[name].to(logp)
+            arguments[name] = wide(batch.data[name])
         elif name in term.settings:
             arguments[name] = term.settings[name]
         elif parameter.default is parameter.empty:
@@ -125,12 +157,20 @@ def bind(term: Term, samples: Samples, batch: Batch, logp: Tensor) -> dict[str, 
     return arguments
 
 
-def loss_sum(term: Term, samples: Samples, batch: Batch, logp: Tensor) -> Tensor:
-    """Sum of the term's loss over the items that are kept, [*R] (divide by `count`)."""
-    loss = term.objective(**bind(term, samples, batch, logp))
+def loss_sum(
+    term: Term, samples: Samples, batch: Batch, now: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Sum of the term's loss over the items that are kept, [*R] (divide by `count`), and the
+    objective's arguments.
+
+    Args:
+        now: the model's outputs, by name.
+    """
+    arguments = bind(term, samples, batch, now)
+    loss = term.objective(**arguments)
     items = batch.index.shape[:-1]
     if term.level == "token":
-        mask = _gather(samples.mask, batch.index, per_token=True)
+        mask = gather(samples.mask, batch.index, per_token=True)
         loss = masked_sum(loss, mask.select(-2, 0) if batch.roles else mask)
     if not batch.roles:
         loss = loss.sum(-1) if term.unit == "token" else loss.mean(-1)
@@ -139,14 +179,14 @@ def loss_sum(term: Term, samples: Samples, batch: Batch, logp: Tensor) -> Tensor
     )
     if batch.keep is not None:
         loss = torch.where(batch.keep, loss, torch.zeros_like(loss))
-    return loss.sum((-2, -1))
+    return loss.sum((-2, -1)), arguments
 
 
 def count(term: Term, samples: Samples, batch: Batch) -> Tensor:
     """What the mean is over, [*R]: items kept, or their tokens. Known before any forward."""
     items = torch.ones(batch.index.shape[:-1], dtype=torch.float64)
     if term.unit == "token":
-        items = _gather(samples.lengths(), batch.index, per_token=False).sum(-1).to(items)
+        items = gather(samples.lengths(), batch.index, per_token=False).sum(-1).to(items)
     if batch.keep is not None:
         items = items * batch.keep
     return items.sum((-2, -1))
@@ -161,20 +201,7 @@ def narrow(samples: Samples, batches: list[Batch]) -> tuple[Samples, list[Batch]
     total = sum(f.shape[-1] for f in flat)
     if total >= samples.tokens.shape[-2]:
         return samples, batches
-    chosen = torch.cat(flat, -1)
-
-    def pick(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        deep = x.ndim > chosen.ndim
-        return (
-            x.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, x.shape[-1]))
-            if deep
-            else x.gather(-1, chosen)
-        )
-
-    names = ("tokens", "mask", "finished", "origin", "logp", "ref_logp", "value", "reward")
-    samples = replace(samples, **{name: pick(getattr(samples, name)) for name in names})
+    samples = samples.at(torch.cat(flat, -1))
     out, start = [], 0
     for batch, f in zip(batches, flat, strict=True):
         places = torch.arange(start, start + f.shape[-1]).expand(f.shape)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune import checkpoint, held_out, huggingface, loop
+from preftune import checkpoint, held_out, huggingface, loading, loop, reward_evaluation
 from preftune import config as configs
 from preftune.config import Config
 from preftune.errors import UserError
 from preftune.parts import Parts, make_settings, make_world, prepare, resolved_config
 from preftune.policies.transformer import Transformer
 from preftune.report import write_report
+from preftune.reward_model import RewardModel
 from preftune.rounds import group_terms
 from preftune.runs import RunFolder
 from preftune.samples import Samples, pad_stack
@@ -47,7 +48,8 @@ class Run:
     folder: Path
     metrics: list[dict[str, Any]]
     """The rows of metrics.jsonl."""
-    policy: Transformer
+    policy: Transformer | RewardModel
+    """The model that was trained; a reward model where the row trains one."""
     parts: Parts
 
 
@@ -87,12 +89,15 @@ def train(
         tell("note", message=note)
     settings = make_settings(parts)
     folder = _open_folder(parts, resolved_config(parts, settings))
-    evaluate = held_out.evaluator(parts, folder) if parts.held_out is not None else None
+    evaluate = None
+    if parts.held_out is not None:
+        scores = isinstance(parts.model, RewardModel)
+        evaluate = (reward_evaluation if scores else held_out).evaluator(parts, folder)
     execute(parts, settings, folder, evaluate=evaluate, tell=tell)
     write_report([folder.path], folder.path / "report.html")
     tell("end", step=settings.max_steps, total=settings.max_steps, message=str(folder.path))
     return Run(
-        folder=folder.path, metrics=folder.read("metrics.jsonl"), policy=parts.policy, parts=parts
+        folder=folder.path, metrics=folder.read("metrics.jsonl"), policy=parts.model, parts=parts
     )
 
 
@@ -234,7 +239,13 @@ def _save_model(parts: Parts, folder: RunFolder) -> None:
     """Write `model/`, which appears whole."""
     work = folder.path / ".tmp-model"
     shutil.rmtree(work, ignore_errors=True)
-    huggingface.save_model(parts.policy.model, parts.tokenizer, work)
+    if isinstance(parts.model, RewardModel):
+        parts.model.save(work, parts.tokenizer)
+    else:
+        tokenizer = parts.tokenizer
+        if parts.model.controls is not None:
+            tokenizer = loading.asking_for_good(tokenizer)
+        huggingface.save_model(parts.model.model, tokenizer, work)
     shutil.rmtree(folder.path / "model", ignore_errors=True)
     work.rename(folder.path / "model")
 
@@ -264,12 +275,12 @@ def first_gradient(
     parts = prepare(config, model=model, trains=False)
     given = None if samples is None else _given(samples, parts.policy.end_ids)
     groups, world = group_terms(parts.method), make_world(parts)
-    for parameter in parts.policy.parameters():
+    for parameter in parts.model.parameters():
         parameter.grad = None
     loop.gradient(groups, world, 0, given)
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
-        for name, p in parts.policy.named_parameters()
+        for name, p in parts.model.model.named_parameters()
     }
 
 

@@ -1,26 +1,27 @@
-"""What a round's samples are taken to say: pairs, the best of N, a baseline, nothing.
+"""What a labeller is, and what labellers share: shaped rewards and the KL in them.
 
 A labeller is `(samples, state) -> (batch, state)` over the whole round, already scored; its state
 is a plain dict of tensors that the checkpoint saves. Statistics over a batch live here, never in an
-objective.
+objective, and each run of a study ([*R]) has its own.
 """
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from preftune.advantages import gae, leave_one_out, whiten
 from preftune.numerics import masked_sum
+from preftune.objectives.divergence import kl_estimate
 from preftune.samples import Batch, Samples
 
-__all__ = [
-    "Best", "BestWorst", "Demonstration", "GivenPreference", "Labeller", "Unlabelled",
-    "gae", "leave_one_out", "whiten",
-]  # fmt: skip
-
 State = dict[str, Tensor]
+KL_SCALE = "kl_scale"
+"""Of a state: what a target_kl multiplies KL coefficients by, [*R]."""
+_EPS = 1e-8
+
+Estimator = Literal["k1", "k2", "k3"]
 
 
 @runtime_checkable
@@ -58,173 +59,101 @@ class Labeller(Protocol):
         ...
 
 
-def _index(samples: Samples, places: list[int]) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """What is done to rewards before they are used, in this order."""
+
+    no_end_penalty: float = 0.0
+    """Taken off a response that was cut before its end token."""
+    standardise: Literal["none", "prompt", "running"] = "none"
+    """Mean 0 and deviation 1: over a prompt's responses, or by the mean and the deviation of all
+    earlier rounds (the current one left out)."""
+    limit: float | None = None
+    """Clipped to [-limit, limit]."""
+
+
+def index_of(samples: Samples, places: list[int]) -> Tensor:
     """One item a prompt that points at the given responses: [*R, N, 1, A]."""
     return torch.tensor(places).expand(*samples.row.shape, 1, len(places))
 
 
-def log_ratio(samples: Samples) -> Tensor:
-    """log policy - log reference of each response at collection, [*R, N, K], nats."""
+def log_ratio(samples: Samples) -> Float[Tensor, "*R N K"]:
+    """log policy - log reference of each response at collection, nats."""
     assert samples.logp is not None and samples.ref_logp is not None, "the round was not scored"
     return masked_sum(samples.logp - samples.ref_logp, samples.mask)
 
 
-def _shaped(samples: Samples, kl: float) -> Tensor:
-    """reward - kl * log-ratio, [*R, N, K]: the KL-regularised reward of a response."""
-    assert samples.reward is not None, "the round has no rewards"
-    return samples.reward - kl * log_ratio(samples) if kl else samples.reward
-
-
-def _reward_needs(kl: float) -> frozenset[str]:
+def reward_needs(kl: float) -> frozenset[str]:
+    """What a labeller needs that ranks or weighs by a reward with that much KL in it."""
     return frozenset({"reward", "logp", "ref_logp"} if kl else {"reward"})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demonstration:
-    """The first response is to be imitated."""
-
-    needs = frozenset[str]()
-    labelled = True
-    given = 1
-    least = 1
-
-    def items(self, num_responses: int) -> int:
-        """One."""
-        return 1
-
-    def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
-        """See `Labeller`."""
-        return Batch(index=_index(samples, [0])), state
-
-    def signals(self) -> dict[str, list[float]]:
-        """No data."""
-        return {}
+def kl_tokens(
+    samples: Samples, kl: float, estimator: Estimator, state: State
+) -> Float[Tensor, "*R N K T"]:
+    """kl * estimate of each token's KL, to be taken off its reward (Ziegler et al. 2019)."""
+    assert samples.logp is not None and samples.ref_logp is not None, "the round was not scored"
+    estimate = kl_estimate(samples.logp - samples.ref_logp, estimator)
+    scale = state.get(KL_SCALE, torch.ones(()))
+    return kl * scale[..., None, None, None].to(estimate) * torch.where(samples.mask, estimate, 0.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GivenPreference:
-    """The data's own preference: response 0 over response 1.
-
-    A soft label in the data (`probability` that the chosen is the better one) becomes that pair's
-    label smoothing.
-    """
-
-    needs = frozenset[str]()
-    labelled = True
-    given = 2
-    least = 2
-
-    def items(self, num_responses: int) -> int:
-        """One pair."""
-        return 1
-
-    def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
-        """See `Labeller`."""
-        data = {}
-        if "probability" in samples.extra:
-            sure = samples.extra["probability"].nan_to_num(nan=1.0)
-            data["label_smoothing"] = (1 - sure).unsqueeze(-1)
-        batch = Batch(index=_index(samples, [0, 1]), roles=("chosen", "rejected"), data=data)
-        return batch, state
-
-    def signals(self) -> dict[str, list[float]]:
-        """No data."""
-        return {}
+def rewards_of(
+    samples: Samples, shaping: Shaping, state: State
+) -> tuple[Float[Tensor, "*R N K"], State]:
+    """The round's rewards, shaped, and the state with them taken in."""
+    assert samples.reward is not None, "the round has no rewards"
+    reward = samples.reward
+    if shaping.no_end_penalty:
+        reward = reward - shaping.no_end_penalty * (~samples.finished)
+    if shaping.standardise == "prompt":
+        spread = reward.var(-1, correction=0, keepdim=True)
+        reward = (reward - reward.mean(-1, keepdim=True)) / (spread + _EPS).sqrt()
+    elif shaping.standardise == "running":
+        mean, deviation, state = _running(reward, state)
+        reward = (reward - mean) / deviation
+    if shaping.limit is not None:
+        reward = reward.clamp(-shaping.limit, shaping.limit)
+    return reward, state
 
 
-@dataclass(frozen=True, kw_only=True)
-class BestWorst:
-    """The best and the worst of K by reward, as a pair; a tie is masked."""
-
-    threshold: float = 0.0
-    """A pair counts if its rewards differ by more than this."""
-    kl: float = 0.0
-    """Strength of KL in the reward (rank by reward - kl * log-ratio)."""
-    labelled = True
-    given = 0
-    least = 2
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Labeller.needs`."""
-        return _reward_needs(self.kl)
-
-    def items(self, num_responses: int) -> int:
-        """One pair."""
-        return 1
-
-    def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
-        """See `Labeller`."""
-        reward = _shaped(samples, self.kl)
-        best, worst = reward.max(-1), reward.min(-1)
-        index = torch.stack([best.indices, worst.indices], -1).unsqueeze(-2)
-        keep = (best.values - worst.values > self.threshold).unsqueeze(-1)
-        return Batch(index=index, roles=("chosen", "rejected"), keep=keep), state
-
-    def signals(self) -> dict[str, list[float]]:
-        """No data."""
-        return {}
+def shaped(
+    samples: Samples, kl: float, shaping: Shaping, state: State
+) -> tuple[Float[Tensor, "*R N K"], State]:
+    """reward - kl * log-ratio of each response: what responses are ranked by."""
+    reward, state = rewards_of(samples, shaping, state)
+    if kl:
+        reward = reward - kl_tokens(samples, kl, "k1", state).sum(-1).to(reward)
+    return reward, state
 
 
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The best of N by reward; of equals the first."""
-
-    kl: float = 0.0
-    """Strength of KL in the reward (rank by reward - kl * log-ratio)."""
-    labelled = True
-    given = 0
-    least = 2
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Labeller.needs`."""
-        return _reward_needs(self.kl)
-
-    def items(self, num_responses: int) -> int:
-        """One response."""
-        return 1
-
-    def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
-        """See `Labeller`."""
-        best = _shaped(samples, self.kl).argmax(-1)
-        return Batch(index=best[..., None, None]), state
-
-    def signals(self) -> dict[str, list[float]]:
-        """No data."""
-        return {}
+def running_mean(reward: Float[Tensor, "*R N K"], state: State) -> tuple[Tensor, State]:
+    """Mean [*R] of all earlier rounds (0 before the first), and the state with this one in it."""
+    count, total, _ = _totals(reward, state, "baseline")
+    return total / count.clamp(min=1), _take_in(reward, state, "baseline")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unlabelled:
-    """The samples alone, a prompt's K as one item; for terms such as the reverse KL.
+def _totals(reward: Tensor, state: State, name: str) -> list[Tensor]:
+    """Count, sum and sum of squares, [*R] each."""
+    zero = torch.zeros(reward.shape[:-2], dtype=torch.float64)
+    return [state.get(f"{name}_{n}", zero) for n in ("count", "sum", "square")]
 
-    The baseline of a sample is the mean log-ratio of the prompt's *other* samples: with the sample
-    itself in the mean, the gradient would be scaled by (K - 1) / K.
-    """
 
-    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
-    labelled = False
-    given = 0
-    least = 1
+def _take_in(reward: Tensor, state: State, name: str) -> State:
+    count, total, square = _totals(reward, state, name)
+    x = reward.double()
+    return state | {
+        f"{name}_count": count + float(x.shape[-2] * x.shape[-1]),
+        f"{name}_sum": total + x.sum((-2, -1)),
+        f"{name}_square": square + x.square().sum((-2, -1)),
+    }
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Labeller.needs`."""
-        return frozenset({"logp", "ref_logp"} if self.baseline == "leave_one_out" else ())
 
-    def items(self, num_responses: int) -> int:
-        """One: the group."""
-        return 1
-
-    def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
-        """See `Labeller`."""
-        num_responses = samples.tokens.shape[-2]
-        data = {}
-        if self.baseline == "leave_one_out" and num_responses > 1:
-            data["baseline"] = leave_one_out(log_ratio(samples)).unsqueeze(-2)
-        return Batch(index=_index(samples, list(range(num_responses))), data=data), state
-
-    def signals(self) -> dict[str, list[float]]:
-        """A baseline of either sign."""
-        return {"baseline": [-1.0, 0.0, 1.0]} if self.baseline == "leave_one_out" else {}
+def _running(reward: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    """Mean and deviation of earlier rounds; 0 and 1 before there are two rewards."""
+    count, total, square = _totals(reward, state, "reward")
+    mean = total / count.clamp(min=1)
+    variance = (square / count.clamp(min=1) - mean.square()).clamp(min=0.0)
+    deviation = torch.where(count > 1, (variance + _EPS).sqrt(), torch.ones_like(variance))
+    wide = (mean[..., None, None].to(reward), deviation[..., None, None].to(reward))
+    return *wide, _take_in(reward, state, "reward")
