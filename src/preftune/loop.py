@@ -20,7 +20,7 @@ from preftune.method import Method
 from preftune.policies.scoring import micro_batches
 from preftune.rounds import Group, World, group_terms, next_minibatch, refill
 from preftune.samples import Batch, Samples
-from preftune.terms import count, loss_sum, narrow
+from preftune.terms import count, loss_sum, narrow, trimmed
 
 Metrics = dict[str, Any]
 
@@ -109,10 +109,8 @@ def gradient(
         if not any(bool((c > 0).any()) for c in counts):
             continue
         for index in micro_batches(samples, world.micro_batch_tokens):
-            part = samples.take(index).trimmed()
-            loss = _micro_batch(
-                group, world, part, [b.take(index) for b in labelled], counts, measures
-            )
+            part, items = trimmed(samples.take(index), [b.take(index) for b in labelled])
+            loss = _micro_batch(group, world, part, items, counts, measures)
             total, found = total + loss, found or not group.idle
     return (total if found else None), measures.result()
 

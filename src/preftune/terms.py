@@ -208,3 +208,16 @@ def narrow(samples: Samples, batches: list[Batch]) -> tuple[Samples, list[Batch]
         out.append(replace(batch, index=places.unflatten(-1, batch.index.shape[-2:])))
         start += f.shape[-1]
     return samples, out
+
+
+def trimmed(samples: Samples, batches: list[Batch]) -> tuple[Samples, list[Batch]]:
+    """Without the columns that are padding in every response, also in what is of each token."""
+    samples = samples.trimmed()
+    width = samples.tokens.shape[-1]
+
+    def cut(batch: Batch) -> Batch:
+        axes = batch.index.ndim + 1 - bool(batch.roles)  # of data that is of each token
+        data = {k: x[..., :width] if x.ndim == axes else x for k, x in batch.data.items()}
+        return replace(batch, data=data)
+
+    return samples, [cut(b) for b in batches]
