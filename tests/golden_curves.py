@@ -108,9 +108,7 @@ def table_world(row: Method, **more: Any) -> World:
     if "score" in row.outputs:
         policy = TabularReward(0.1 * logits)
     else:
-        policy = Categorical(
-            logits, value_head="value" in row.needs, controls=conditions(row)
-        )
+        policy = Categorical(logits, value_head="value" in row.needs, controls=conditions(row))
     given = {"micro_batch_tokens": None, "batch_size": 4, "seed": 0} | more
     return World(
         policy=policy, reference=Categorical(ref_logits), data=Table(), prompts=Table(),

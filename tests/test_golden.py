@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from golden_curves import FILE, WORLDS, curve
 
+from golden_curves import FILE, WORLDS, curve
 from preftune import methods
 
 GOLDEN = json.loads(FILE.read_text())

@@ -5,8 +5,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from preftune.cli_train import JSON, print_json, reward, train
 from preftune.errors import GuardStop, UserError, nearest
 
 HELP = """usage: preftune COMMAND [--help]
@@ -14,7 +14,8 @@ HELP = """usage: preftune COMMAND [--help]
   quickstart   the main job on what ships with it: train three methods, compare, report
   methods      the table of methods; one row in full with its name
   train        tune a model on preferences
-  evaluate     reward, KL and win rate of a model on prompts
+  reward       train a Bradley-Terry reward model on preferences
+  evaluate     reward, KL, win rate and more of a model on prompts
   sample       responses with log-probs (JSON lines), side by side with --versus
   inspect      template, tokens, loss mask and end token of real rows, before any training
   report       one HTML page of run folders
@@ -72,7 +73,8 @@ def _fault() -> int:
 
 def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
-        "quickstart": _quickstart, "methods": _methods, "train": _train, "evaluate": _evaluate,
+        "quickstart": _quickstart, "methods": _methods, "train": train,
+        "reward": reward, "evaluate": _evaluate,
         "sample": _sample, "inspect": _inspect, "report": _report, "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
@@ -90,15 +92,6 @@ def _dispatch(args: list[str]) -> int:
     return commands[args[0]](args[1:])
 
 
-_JSON = ("json", bool, False, "print one JSON document and nothing else on stdout")
-
-
-def _print(value: Any) -> None:
-    from preftune.runs import dumps
-
-    print(dumps(value))
-
-
 def _quickstart(args: list[str]) -> int:
     from preftune import flags, inspecting, quickstart
     from preftune.progress import stderr
@@ -108,11 +101,11 @@ def _quickstart(args: list[str]) -> int:
         "Train three methods on the embedded model and data, and compare them.",
         (),
         args,
-        [("output", str, "runs/quickstart", "folder; an earlier quickstart's is replaced"), _JSON],
+        [("output", str, "runs/quickstart", "folder; an earlier quickstart's is replaced"), JSON],
     )
     rows = quickstart.run(Path(own["output"]), stderr())
     if own["json"]:
-        _print(rows)
+        print_json(rows)
     else:
         title = "Held-out prompts, 95 % intervals over prompts; this run only (one training seed)"
         inspecting.table(title, *quickstart.cells(rows))
@@ -126,11 +119,11 @@ def _methods(args: list[str]) -> int:
 
     name = args.pop(0) if args and not args[0].startswith("-") else None
     _, own = flags.parse(
-        "methods", "The table of methods, or one row: preftune methods hypo.", (), args, [_JSON]
+        "methods", "The table of methods, or one row: preftune methods hypo.", (), args, [JSON]
     )
     found = commands.method_table() if name is None else commands.method_row(name)
     if own["json"]:
-        _print(found)
+        print_json(found)
     elif isinstance(found, list):
         inspecting.methods(found)
     else:
@@ -138,93 +131,34 @@ def _methods(args: list[str]) -> int:
     return 0
 
 
-def _settings(
-    given: dict[str, Any], config_file: str | None, pairs: Sequence[str]
-) -> tuple[Any, dict[str, Any]]:
-    """The configuration from a file, flags and --set, and the overrides below `terms`."""
-    import yaml
-
-    from preftune import config as configs
-
-    values = configs.read_yaml(Path(config_file)) if config_file else {}
-    values.update(given)
-    overrides: dict[str, Any] = {}
-    for pair in pairs:
-        path, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair}: must be PATH=VALUE, as terms.1.weight=0.3.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {pair}: the value is no plain YAML.") from error
-        if path.startswith("terms."):
-            overrides[path] = value
-        elif path in configs.Config.model_fields:
-            values[path] = value
-        else:
-            known = [*configs.Config.model_fields, "terms.0.weight"]
-            raise UserError(f"--set {path}: there is no '{path}'.{configs.suggest(path, known)}")
-    return values, overrides
-
-
-def _train(args: list[str]) -> int:
-    import tyro
-
-    from preftune import config as configs
-    from preftune import flags
-    from preftune.progress import Progress, stderr, working
-
-    many = tyro.conf.UseAppendAction[tuple[str, ...]]
-    given, own = flags.parse(
-        "train",
-        "Tune a model on preferences with a row of the table (preftune methods).",
-        flags.TRAIN,
-        args,
-        [
-            ("config", str | None, None, "YAML file of settings; flags win"),
-            ("set", many, (), "PATH=VALUE, e.g. terms.1.weight=0.3; may be repeated"),
-            _JSON,
-        ],
-    )
-    values, overrides = _settings(given, own["config"], own["set"])
-    configs.load(values)  # before torch is loaded, which takes seconds
-    console = stderr()
-    with working(console, "loading"):
-        from preftune.training import resumed, train
-    with Progress(console) as bar:
-        done = train(resumed(values), callbacks=[bar], overrides=overrides)
-    if own["json"]:
-        _print({"folder": str(done.folder), "metrics": done.metrics[-1] if done.metrics else {}})
-    else:
-        print(f"model: {done.folder / 'model'}\nreport: {done.folder / 'report.html'}")
-    return 0
-
-
 def _evaluate(args: list[str]) -> int:
-    from preftune import commands, config, flags, inspecting
-    from preftune.progress import Progress, stderr
+    from preftune import config, flags, inspecting
+    from preftune.progress import Progress, stderr, working
 
     given, own = flags.parse(
         "evaluate",
-        "Reward, KL to the reference, win rate and length on prompts.",
+        "Reward, KL to the reference, win rate, best-of-n and more, as far as what is given goes.",
         flags.EVALUATE,
         args,
-        [_JSON],
+        [("best_of_n", int | None, None, _BEST_OF), JSON],
     )
+    if own["best_of_n"] is not None and own["best_of_n"] < 0:
+        raise UserError(f"flag '--best-of-n': is {own['best_of_n']}. Give 0 or more.")
     settings, console = config.load(given), stderr()
+    with working(console, "loading"):
+        from preftune.evaluating import evaluate
     with Progress(console) as bar:
-        found, notes = commands.evaluate(settings, bar.tick("prompts"))
+        found, notes = evaluate(settings, bar.tick, own["best_of_n"])
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if own["json"]:
-        _print(found)
+        print_json(found)
         return 0
-    cells = [
-        [name, *("" if figure[k] is None else f"{figure[k]:.4g}" for k in ("value", "low", "high"))]
-        for name, figure in found.items()
-    ]
-    inspecting.table("95 % intervals over prompts", ["figure", "value", "low", "high"], cells)
+    inspecting.figures("95 % intervals over prompts; this run only (one training seed)", found)
     return 0
+
+
+_BEST_OF = "reference samples a prompt; 0: no best-of-n; default: 16 on some of the prompts"
 
 
 def _sample(args: list[str]) -> int:
@@ -236,16 +170,16 @@ def _sample(args: list[str]) -> int:
         "Responses with log-probs, one JSON object a line.",
         flags.SAMPLE,
         args,
-        [("versus", str | None, None, "another model, whose answers stand beside"), _JSON],
+        [("versus", str | None, None, "another model, whose answers stand beside"), JSON],
     )
     settings = config.load(given)
     with Progress(stderr()) as bar:
         rows = commands.sample(settings, own["versus"], bar.tick("prompts"))
     if own["json"]:
-        _print(rows)
+        print_json(rows)
     else:
         for row in rows:
-            _print(row)
+            print_json(row)
     return 0
 
 
@@ -258,7 +192,7 @@ def _inspect(args: list[str]) -> int:
         "What the model would see: tokens, loss mask, end token, truncation.",
         flags.INSPECT,
         args,
-        [("rows", int, 3, "rows shown token by token"), _JSON],
+        [("rows", int, 3, "rows shown token by token"), JSON],
     )
     if own["rows"] < 0:
         raise UserError(f"flag '--rows': is {own['rows']}. Give 0 or more.")
@@ -266,7 +200,7 @@ def _inspect(args: list[str]) -> int:
     with working(stderr(), "reading"):
         facts = commands.inspect(settings, own["rows"])
     if own["json"]:
-        _print(facts)
+        print_json(facts)
         return 0
     from preftune.inspecting import show
 
@@ -303,10 +237,10 @@ def _report(args: list[str]) -> int:
 def _env(args: list[str]) -> int:
     from preftune import commands, flags
 
-    _, own = flags.parse("env", "Versions and devices.", (), args, [_JSON])
+    _, own = flags.parse("env", "Versions and devices.", (), args, [JSON])
     facts = commands.environment()
     if own["json"]:
-        _print(facts)
+        print_json(facts)
         return 0
     for name, value in {
         **{k: v for k, v in facts.items() if k != "versions"},

@@ -13,7 +13,10 @@ GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "samples_per_pr
 MODEL = ("model", "dtype", "device", "threads", "share_prefix", "template", "system_prompt")
 DATA = ("max_rows", "max_length", "truncation", "bad_rows")
 JUDGES = ("reference", "reward", "gold", "reward_weights")
-EVALUATE = (*MODEL, "prompts", "data", *JUDGES, *GENERATION, *DATA, "micro_batch_tokens")
+EVALUATE = (
+    *MODEL, "prompts", "data", *JUDGES, "judge", "retention", *GENERATION, *DATA,
+    "micro_batch_tokens",
+)  # fmt: skip
 SAMPLE = (*MODEL, "prompts", *GENERATION, *DATA)
 INSPECT = (*MODEL, "data", *DATA)
 TRAIN = tuple(name for name in Config.model_fields if name != "terms")

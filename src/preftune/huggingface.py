@@ -85,9 +85,14 @@ def _convert_default(target: Path) -> None:
 
 
 def resolve_model(name: str) -> str:
-    """The folder or Hub id that `name` stands for; converts the embedded default model once."""
+    """The folder or Hub id that `name` stands for: a run's folder for the model in it.
+
+    Converts the embedded default model once.
+    """
     if name != DEFAULT_MODEL:
-        return name
+        inside = Path(name) / "model"
+        own = (Path(name) / "config.json").exists()
+        return str(inside) if not own and (inside / "config.json").is_file() else name
     target = cache_folder() / "models" / DEFAULT_MODEL
     if target.is_dir():
         return str(target)
@@ -202,6 +207,7 @@ def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A sequence-classification model with one output, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    name = resolve_model(name)
     config = _load(AutoConfig, name)
     if not _is_classifier(config):
         raise UserError(

@@ -22,6 +22,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     console.print(shown)
 
 
+def figures(title: str, found: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Print figures with their intervals."""
+    cells = [
+        [name, *("" if figure[k] is None else f"{figure[k]:.4g}" for k in ("value", "low", "high"))]
+        for name, figure in found.items()
+    ]
+    table(title, ["figure", "value", "low", "high"], cells)
+
+
 def methods(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of methods with its axes."""
 

@@ -4,7 +4,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from preftune.errors import UserError
 from preftune.method import Method
 from preftune.policies.transformer import Transformer
 from preftune.reward_model import RewardModel
+from preftune.runs import RunFolder
 from preftune.samples import Samples
 from preftune.sampling.decoding import Decoding
 from preftune.sources import Offline, Pool, Reference
@@ -135,7 +137,7 @@ def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
     return torch.bfloat16 if large and _faster_in_bfloat16(device) else None
 
 
-CONTROLS = ("[bad] ", "[good] ")
+CONTROLS = ("[bad]\n", "[good]\n")
 """Text behind a prompt that asks for such a response (Offline(take="conditioned"))."""
 
 
@@ -149,14 +151,42 @@ def controls_of(method: Method | None, tokenizer: Any) -> tuple[list[int], list[
     return bad, good
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as a policy with controls is asked for good responses to them."""
+
+    rows: Rows
+    policy: Transformer
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def samples(self, index: Tensor, *, responses: list[int] | None = None) -> Samples:
+        """The data's responses, to plain prompts."""
+        return self.rows.samples(index, responses=responses)
+
+    def prompts_only(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts [n, P] with the control for good, and their mask."""
+        prompt, mask = self.rows.prompts_only(index)
+        return self.policy.condition(prompt, mask, torch.ones(len(prompt), dtype=torch.bool))
+
+
 def asking_for_good(tokenizer: Any) -> Any:
-    """The tokenizer with the control for good at the end of its chat template's prompts, so that
-    whoever loads the model asks for good responses."""
-    if not tokenizer.chat_template:
+    """The tokenizer with a chat template that asks for good responses, so that whoever loads the
+    model does: the control stands behind a prompt, and before the answer of a whole conversation.
+    """
+    if not isinstance(tokenizer.chat_template, str):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     control = CONTROLS[1]
-    tokenizer.chat_template += "{% if add_generation_prompt %}" + control + "{% endif %}"
+    before = (
+        "{% if not add_generation_prompt and messages and messages[-1]['role'] == 'assistant' %}"
+        "{% set messages = messages[:-1] + [{'role': 'assistant', 'content': '"
+        + control
+        + "' + messages[-1]['content']}] %}{% endif %}"
+    )
+    after = "{% if add_generation_prompt %}" + control + "{% endif %}"
+    tokenizer.chat_template = before + tokenizer.chat_template + after
     return tokenizer
 
 
@@ -166,17 +196,17 @@ def make_model(
     """What the method trains: a policy, or where it takes scores alone a reward model."""
     if "score" not in method.outputs:
         return make_policy(config, model, tokenizer, method)
-    model: Any = (
-        huggingface.classifier_from(config.model, _weights(config)) if model is None else model
-    )
-    if getattr(getattr(model, "config", None), "num_labels", None) != 1:
+    loaded: Any = model
+    if loaded is None:
+        loaded = huggingface.classifier_from(config.model, _weights(config))
+    if getattr(getattr(loaded, "config", None), "num_labels", None) != 1:
         raise UserError(
             "model: to train a reward model give a folder, or a sequence-classification model "
             "with one output."
         )
-    model = model.to(device=pick_device(config.device), dtype=_weights(config))
+    loaded = loaded.to(device=pick_device(config.device), dtype=_weights(config))
     return RewardModel(
-        model, autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix
+        loaded, autocast=autocast_of(config.dtype, loaded), share_prefix=config.share_prefix
     )
 
 
@@ -363,6 +393,19 @@ def _classifier(name: str) -> rewards.Reward:
         return [*encoded.prompt, *encoded.responses[0]]
 
     return rewards.Classifier(name, model, encode)
+
+
+def label_source(reward: rewards.Reward | None, data: str | None) -> str | None:
+    """Who judged: `rm_same` if the reward model was trained on this run's own data."""
+    if reward is None:
+        return None
+    if isinstance(reward, rewards.Classifier) and data is not None:
+        for folder in (Path(reward.name), Path(reward.name).parent):
+            if (folder / "config.yaml").is_file():
+                seen = RunFolder(folder).read_config().get("data")
+                if seen is not None and Path(seen).resolve() == Path(data).resolve():
+                    return "rm_same"
+    return reward.label_source
 
 
 def judged(samples: Samples, rows: Rows, renderer: Renderer) -> rewards.Judged:

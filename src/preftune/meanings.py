@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from preftune import objectives
 from preftune.method import Method, resolve
-from preftune.spec import part_name
+from preftune.spec import LABELLERS, SOURCES, part_name
 
 
 def of_fields(part: type) -> dict[str, str]:
@@ -94,5 +95,36 @@ def _of_part(where: str, part: Any) -> list[dict[str, Any]]:
 
 def _first(thing: Any) -> str:
     """The first sentence of what is said of a part."""
-    text = inspect.getdoc(thing if callable(thing) and not is_dataclass(thing) else type(thing))
+    whole = isinstance(thing, type) or not is_dataclass(thing)
+    text = inspect.getdoc(thing if whole else type(thing))
     return _one_line((text or "").split("\n\n")[0])
+
+
+def of_parts() -> dict[str, list[dict[str, Any]]]:
+    """Every part that a row in YAML can name: sources, labellers, objectives, with settings."""
+
+    def dataclass_part(name: str, kind: Any) -> dict[str, Any]:
+        made = kind.__dataclass_fields__
+        known = of_fields(kind)
+        return {
+            "name": name,
+            "meaning": _first(kind),
+            "settings": {n: known.get(n, "") for n in made},
+        }
+
+    def objective(name: str) -> dict[str, Any]:
+        function = getattr(objectives, name)
+        known = of_arguments(function)
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "baseline"]
+        return {
+            "name": name,
+            "meaning": _first(function),
+            "settings": {n: known.get(n, "") for n in names},
+        }
+
+    return {
+        "sources": [dataclass_part(n, k) for n, k in SOURCES.items()],
+        "labellers": [dataclass_part(n, k) for n, k in LABELLERS.items()],
+        "objectives": [objective(n) for n in objectives.__all__],
+    }

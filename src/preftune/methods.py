@@ -243,6 +243,8 @@ _OTHERS = {
     "hypo": "Not Hybrid-DPO (arXiv 2602.11902), also called HyPO, nor HPO (arXiv 2405.17956).",
     "best_of_n": "Not inference-time best-of-n, which trains nothing.",
     "reward": "A model of the reward, not a policy.",
+    "grpo": "The mean is over the round's tokens, as in DAPO (arXiv 2503.14476), not over each "
+    "response first; the k3 of the paper has not the gradient of KL(π‖π_ref).",
     "ppo": "The KL is in the reward. OpenAI's later PPO without KL is kl: 0.",
     "cpo": "Not Constrained Policy Optimization (arXiv 1705.10528).",
     "xpo": "Exploratory Preference Optimization.",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from preftune import huggingface, loading, loop, rewards, spec
+from preftune import huggingface, judging, likelihoods, loading, loop, rewards, spec
 from preftune.config import Config
 from preftune.data import Rejected, Renderer, Report, Rows, write_rejected
 from preftune.errors import BadRows, UserError
@@ -81,6 +81,7 @@ def prepare(
     data = config.data if data is None else data
     if trains:
         _check_needs(config, method, made_reward, data)
+        _check_measures(config)
     output = Path(config.output or f"runs/{method.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if tokenizer is None and (data is not None or config.prompts or model is None):
         tokenizer = huggingface.load_tokenizer(_tokenizer_name(config, model))
@@ -137,6 +138,14 @@ def _check_needs(config: Config, method: Method, reward: rewards.Reward | None, 
         )
 
 
+def _check_measures(config: Config) -> None:
+    """What evaluation needs besides prompts: a judge that answers, a text to be read."""
+    if config.judge is not None:
+        judging.check(judging.connect(config.judge))
+    if config.retention is not None:
+        likelihoods.plain_text(config.retention)
+
+
 def _no_reward(method: Method) -> UserError:
     return UserError(
         f"reward: the method '{method.name}' judges responses and needs one, "
@@ -167,7 +176,8 @@ def _load_data(parts: Parts, data: Any, trains: bool) -> None:
         if config.prompts is not None:
             parts.prompts, _ = _load_rows(parts, config.prompts, "prompts", reserve, rejected)
         if trains and config.eval_data is not None:
-            room, want = (0, "pairs") if _scores(parts) else (config.max_new_tokens, "prompts")
+            # pairs among them are measured too
+            room, want = (0, "pairs") if _scores(parts) else (config.max_new_tokens, "any")
             parts.held_out, _ = _load_rows(parts, config.eval_data, want, room, rejected)
     except BadRows as error:
         rejected.extend(error.rejected)
@@ -301,7 +311,8 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
     hidden = {*SETTINGS, "resume", "output", "method", "terms", "reward", "label_source"}
     flat = parts.config.model_dump(exclude=hidden, exclude_none=True)
     reward = parts.reward.name if isinstance(parts.reward, rewards.Length) else parts.config.reward
-    judged_by = parts.config.label_source or (parts.reward.label_source if parts.reward else None)
+    told = loading.label_source(parts.reward, parts.config.data)
+    judged_by = parts.config.label_source or told
     return {
         "method": parts.method.name,
         "terms": spec.to_data(parts.method),

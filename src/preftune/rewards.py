@@ -1,7 +1,6 @@
-"""Rewards: lengths, a user's function, a reward model.
+"""Rewards by name, and the check of what they return.
 
-A reward takes a list of judged responses and returns one number for each. What it returns is
-checked: a reward of the wrong length or one that is not finite ends the run with a user's error.
+The kinds of reward stand in `preftune.reward_kinds`, a model that judges in `preftune.judging`.
 """
 
 import importlib
@@ -10,186 +9,41 @@ import inspect
 import math
 import re
 import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
 
 from preftune.errors import UserError, nearest
+from preftune.judging import JudgeReward, connect
+from preftune.reward_kinds import (
+    Classifier,
+    Ensemble,
+    Function,
+    Judged,
+    Length,
+    Reward,
+    Weighted,
+    judge,
+    raised,
+)
+
+__all__ = [
+    "LENGTHS",
+    "Classifier",
+    "Ensemble",
+    "Function",
+    "JudgeReward",
+    "Judged",
+    "Length",
+    "Reward",
+    "Weighted",
+    "aimed",
+    "is_open",
+    "judge",
+    "make",
+]
 
 LENGTHS = ("min", "mode", "within")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Responses to be judged, one entry each."""
-
-    prompts: list[Any]
-    """Text, or a role/content list, as the data gave it."""
-    completions: list[str]
-    """Text without special tokens."""
-    tokens: list[int]
-    """Response tokens, the end token not counted."""
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-    """Further columns of the prompt's row."""
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """Judges responses."""
-
-    @property
-    def name(self) -> str:
-        """As it is written in a config."""
-        ...
-
-    @property
-    def label_source(self) -> str:
-        """Who judged."""
-        ...
-
-    def __call__(self, judged: Judged) -> Sequence[float]: ...
-
-
-@dataclass(frozen=True)
-class Length:
-    """A reward of the response's tokens alone (the synthetic problems of arXiv 2404.14367)."""
-
-    kind: str
-    target: int | None = None
-    label_source = "true"
-
-    @property
-    def name(self) -> str:
-        """As it is written in a config."""
-        target = "" if self.target is None else f"={self.target}"
-        return f"length:{self.kind}{target}"
-
-    def __call__(self, judged: Judged) -> list[float]:
-        """min: -tokens; mode=L: -|tokens - L|; within=L: -max(0, tokens - L), which saturates."""
-        if self.kind == "min":
-            return [-float(n) for n in judged.tokens]
-        assert self.target is not None, "length:mode without a target is measured before the run"
-        if self.kind == "mode":
-            return [-float(abs(n - self.target)) for n in judged.tokens]
-        return [-float(max(0, n - self.target)) for n in judged.tokens]
-
-
-@dataclass(frozen=True)
-class Function:
-    """A user's `(prompts, completions, **columns) -> list[float]`, with TRL's signature."""
-
-    name: str
-    function: Callable[..., Any]
-    label_source = "true"
-
-    def __call__(self, judged: Judged) -> Any:
-        """Call it with those of prompts, completions and the data's columns that it takes.
-
-        Conversational prompts come with conversational completions, as in TRL.
-        """
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(judged.prompts, judged.completions, strict=True)
-        ]
-        given = {**judged.columns, "prompts": judged.prompts, "completions": completions}
-        parameters = inspect.signature(self.function).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        missing = [n for n, p in parameters.items() if _required(p) and n not in given]
-        if missing:
-            raise UserError(
-                f"reward '{self.name}' takes the column '{missing[0]}', which the data do not have "
-                f"({', '.join(judged.columns) or 'no further columns'})."
-                f"{nearest(missing[0], given)}"
-            )
-        try:
-            return self.function(
-                **{n: v for n, v in given.items() if open_ended or n in parameters}
-            )
-        except (Exception, SystemExit) as error:  # sys.exit() there must not end the run as done
-            raise UserError(f"reward '{self.name}' raised {_raised(error)}.") from error
-
-
-def _required(parameter: inspect.Parameter) -> bool:
-    open_ended = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    return parameter.default is parameter.empty and not open_ended
-
-
-def _raised(error: BaseException) -> str:
-    """`KeyError: 'x' (file.py, line 4)`: where it was raised, or where the syntax breaks."""
-    kind = type(error).__name__
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{kind}: {error.msg} ({error.filename}, line {error.lineno})"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{kind}: {error} ({last.filename}, line {last.lineno})"
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A sequence-classification model with one output, read at the last real token.
-
-    The position is found by length, never by the padding id, which in many models is the end id.
-    """
-
-    name: str
-    model: Any
-    encode: Callable[[Any, str], list[int]]
-    """(prompt, completion) -> ids, the end token included."""
-    label_source = "rm_other"
-
-    @torch.no_grad()
-    def __call__(self, judged: Judged) -> list[float]:
-        """Scores, in batches of equal length (no padding at all)."""
-        rows = [self.encode(p, c) for p, c in zip(judged.prompts, judged.completions, strict=True)]
-        by_length: dict[int, list[int]] = {}
-        for i, row in enumerate(rows):
-            by_length.setdefault(len(row), []).append(i)
-        scores = [0.0] * len(rows)
-        for places in by_length.values():
-            for part in (places[s : s + 16] for s in range(0, len(places), 16)):
-                for place, score in zip(
-                    part, self._scores(torch.tensor([rows[i] for i in part])), strict=True
-                ):
-                    scores[place] = float(score)
-        return scores
-
-    def _scores(self, ids: Tensor) -> Tensor:
-        mask = torch.ones_like(ids)
-        if hasattr(self.model, "score"):  # decoders: the head stands on the trunk's last position
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-            return self.model.score(hidden[:, -1]).squeeze(-1)
-        return self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A weighted sum of rewards."""
-
-    parts: tuple[tuple[float, Reward], ...]
-
-    @property
-    def name(self) -> str:
-        """The parts' names with their weights."""
-        return " + ".join(f"{w:g} x {r.name}" for w, r in self.parts)
-
-    @property
-    def label_source(self) -> str:
-        """The parts', where they agree."""
-        found = {r.label_source for _, r in self.parts}
-        return found.pop() if len(found) == 1 else "rm_other"
-
-    def __call__(self, judged: Judged) -> list[float]:
-        """The sum; each part is checked by itself."""
-        columns = [judge(r, judged) for _, r in self.parts]
-        return [
-            sum(w * x for (w, _), x in zip(self.parts, row, strict=True))
-            for row in zip(*columns, strict=True)
-        ]
 
 
 def is_open(reward: Reward | None) -> bool:
@@ -206,52 +60,23 @@ def aimed(reward: Reward, target: int) -> Reward:
     return Length("mode", target) if is_open(reward) else reward
 
 
-def judge(reward: Reward, judged: Judged) -> list[float]:
-    """The rewards, checked.
-
-    Raises:
-        UserError: not one finite number a response.
-    """
-    given = reward(judged)
-    wanted = f"reward '{reward.name}' must return a list of numbers, one a response"
-    if isinstance(given, (str, bytes, Mapping)):
-        raise UserError(f"{wanted}, not {given!r:.80}.")
-    try:
-        found = list(given)
-    except TypeError as error:
-        raise UserError(f"{wanted}, not {given!r:.80}.") from error
-    if len(found) != len(judged.completions):
-        raise UserError(
-            f"{wanted}, in order: {len(found)} for {len(judged.completions)} responses."
-        )
-    return [_number(reward, judged, i, x) for i, x in enumerate(found)]
-
-
-def _number(reward: Reward, judged: Judged, place: int, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(
-            f"reward '{reward.name}' returned {value!r:.40} for response {place} "
-            f"({judged.completions[place]!r:.60}). Return a finite number for each."
-        )
-    return number
-
-
 def make(spec: str, classifier: Callable[[str], Reward]) -> Reward:
     """The reward that a config names.
 
     Args:
         spec: `length:min`, `length:mode[=L]`, `length:within=L`, `file.py:function`,
-            `pkg.module:function`, or the folder or Hub id of a reward model.
+            `pkg.module:function`, the folder or Hub id of a reward model,
+            `ensemble:MODEL,MODEL[;kappa=K]`, or `judge:URL[#MODEL]`.
         classifier: loads a reward model.
     Raises:
         UserError: what is wrong with the name, and the nearest that would do.
     """
     if spec.startswith("length:"):
         return _length(spec)
+    if spec.startswith("judge:"):
+        return JudgeReward(spec, connect(spec))
+    if spec.startswith("ensemble:"):
+        return _ensemble(spec, classifier)
     if ".py:" in spec:
         path, _, name = spec.rpartition(":")
         return _function(spec, _from_file(spec, Path(path)), name)
@@ -275,7 +100,7 @@ def make(spec: str, classifier: Callable[[str], Reward]) -> Reward:
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _KINDS = (
     "Give length:min, length:mode[=L], length:within=L, file.py:function, pkg.module:function, "
-    "or the folder or Hub id of a reward model."
+    "the folder or Hub id of a reward model, ensemble:MODEL,MODEL or judge:URL."
 )
 
 
@@ -298,6 +123,32 @@ def _length(spec: str) -> Length:
     return Length(kind, int(target) if target else None)
 
 
+def _ensemble(spec: str, classifier: Callable[[str], Reward]) -> Ensemble:
+    """`ensemble:MODEL,MODEL,...[;kappa=K]`."""
+    listed, *options = spec.removeprefix("ensemble:").split(";")
+    names = [name.strip() for name in listed.split(",")]
+    if len(names) < 2 or not all(names):
+        raise UserError(
+            f"reward '{spec}': an ensemble has two reward models or more, "
+            "as ensemble:runs/rm-0/model,runs/rm-1/model;kappa=1."
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"reward '{spec}': '{twice}' stands in it twice. Name each model once.")
+    kappa = 0.0
+    for option in options:
+        key, _, value = option.partition("=")
+        if key.strip() != "kappa":
+            raise UserError(f"reward '{spec}': '{option}' is unknown. An ensemble takes kappa=K.")
+        try:
+            kappa = float(value)
+        except ValueError:
+            kappa = math.nan
+        if not (math.isfinite(kappa) and kappa >= 0):
+            raise UserError(f"reward '{spec}': kappa must be a number of 0 or more, not '{value}'.")
+    return Ensemble(tuple(classifier(name) for name in names), kappa)
+
+
 def _from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
@@ -309,7 +160,7 @@ def _from_file(spec: str, path: Path) -> ModuleType:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"reward '{spec}': reading the file raised {_raised(error)}.") from error
+        raise UserError(f"reward '{spec}': reading the file raised {raised(error)}.") from error
     return module
 
 
@@ -319,7 +170,7 @@ def _from_module(spec: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        found = f"{error}" if isinstance(error, ImportError) else _raised(error)
+        found = f"{error}" if isinstance(error, ImportError) else raised(error)
         raise UserError(f"reward '{spec}': '{module}' cannot be imported: {found}.") from error
 
 

@@ -109,3 +109,8 @@ class RunFolder:
         write_text(
             self.path / name, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n"
         )
+
+    def read_json(self, name: str) -> Any:
+        """What a JSON file holds; None if there is no such file."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

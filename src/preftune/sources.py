@@ -185,6 +185,7 @@ class Pool:
     answer them, and K adds up in this order. The data's soft labels do not carry over."""
 
     members: tuple["Source", ...]
+    """Two sources or more; an on-policy one brings passes and prompts_per_round."""
 
     @property
     def _fresh(self) -> "Source | None":

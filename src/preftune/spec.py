@@ -26,13 +26,13 @@ from preftune.method import Method, resolve
 from preftune.samples import Samples
 from preftune.terms import Term, loss_sum
 
-_SOURCES: dict[str, Any] = {
+SOURCES: dict[str, Any] = {
     "offline": sources.Offline,
     "reference": sources.Reference,
     "on_policy": sources.OnPolicy,
     "pool": sources.Pool,
 }
-_LABELLERS: dict[str, Any] = {
+LABELLERS: dict[str, Any] = {
     "demonstration": labellers.Demonstration,
     "good": labellers.Good,
     "feedback": labellers.Feedback,
@@ -67,8 +67,8 @@ def to_data(method: Method) -> list[dict[str, Any]]:
     """The row's terms as plain data, weights resolved."""
     return [
         {
-            "source": _part(term.source, _SOURCES),
-            "labeller": _part(term.labeller, _LABELLERS),
+            "source": _part(term.source, SOURCES),
+            "labeller": _part(term.labeller, LABELLERS),
             "objective": _name(
                 term.objective, {n: getattr(objectives, n) for n in objectives.__all__}
             ),
@@ -137,8 +137,8 @@ def _term(where: str, data: Any) -> Term:
     if not isinstance(settings, Mapping):
         raise UserError(f"{where}.settings: must be a mapping, as {{beta: 0.1}}, not {settings!r}.")
     term = Term(
-        source=_build(f"{where}.source", data["source"], _SOURCES),
-        labeller=_build(f"{where}.labeller", data["labeller"], _LABELLERS),
+        source=_build(f"{where}.source", data["source"], SOURCES),
+        labeller=_build(f"{where}.labeller", data["labeller"], LABELLERS),
         objective=_find(f"{where}.objective", data["objective"], known),
         settings={k: _plain(v) for k, v in settings.items()},
         **rest,
@@ -168,7 +168,7 @@ def check_term(where: str, term: Term) -> None:
         parameter = term.parameters[key]
         if value != parameter.default and "float" in str(parameter.annotation):
             _value(f"{where}.settings.{key}", value, float)
-    labeller = _name(type(term.labeller), _LABELLERS)
+    labeller = _name(type(term.labeller), LABELLERS)
     if term.labeller.given and not term.source.reads:
         raise UserError(
             f"{where}.labeller: {labeller} reads the data's own responses, which this source draws "
@@ -302,7 +302,7 @@ def _field(where: str, data: Any, kind: Any) -> Any:
     if get_args(kind)[:1] == (sources.Source,):
         if not isinstance(data, list) or len(data) < 2:
             raise UserError(f"{where}: must be a list of two sources or more.")
-        return tuple(_build(f"{where}.{i}", x, _SOURCES) for i, x in enumerate(data))
+        return tuple(_build(f"{where}.{i}", x, SOURCES) for i, x in enumerate(data))
     if is_dataclass(kind):
         values = data if isinstance(data, Mapping) else {}
         return _build(where, {"name": "it", **values}, {"it": kind})  # type: ignore[dict-item]
@@ -331,7 +331,7 @@ def _find(where: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Cal
 
 def part_name(part: Any) -> str:
     """A source's or labeller's name in YAML."""
-    return _name(type(part), _SOURCES | _LABELLERS)
+    return _name(type(part), SOURCES | LABELLERS)
 
 
 def _part(part: Any, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def _plain_fields(part: Any) -> dict[str, Any]:
     for f in fields(part):
         value = getattr(part, f.name)
         if isinstance(part, sources.Pool):
-            out[f.name] = [_part(m, _SOURCES) for m in value]
+            out[f.name] = [_part(m, SOURCES) for m in value]
         elif is_dataclass(value):
             if value != type(value)():
                 out[f.name] = _plain_fields(value)

@@ -308,7 +308,9 @@ def _given(rows: Sequence[Mapping[str, Any]], end_ids: Sequence[int]) -> Samples
         finished=torch.tensor(ended).view(shape),
         origin=torch.zeros(shape, dtype=torch.long),
         row=torch.arange(shape[0]),
-        reward=torch.tensor([float(r["reward"]) for r in flat]).double().view(shape)
-        if rewarded
-        else None,
+        reward=_rewards(flat).view(shape) if rewarded else None,
     )
+
+
+def _rewards(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    return torch.tensor([float(r["reward"]) for r in rows], dtype=torch.float64)

@@ -1,406 +1,43 @@
-"""`first_gradient` of every row against losses written here from the papers.
+"""`first_gradient` of the two papers' main rows against losses written here from the papers.
 
 The expected gradient comes from plain Hugging Face forwards in float64, one prompt with one
-response at a time, without padding, packing or dropout. Two architectures (Llama with grouped-query
-attention and rotary positions, GPT-2 with absolute positions and a dropout of 0.1 in its
-configuration) meet two byte-level tokenizers: one without BOS and pad token, one that adds BOS, has
-a chat template and uses the end token as its pad token.
+response at a time, without padding, packing or dropout (`worlds.py`).
 
 Deliberately wrong oracles must differ from `first_gradient`: the comparison is able to fail.
 """
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from losses import Oracle
 from torch import Tensor
-from torch.nn.functional import logsigmoid
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from worlds import (
+    BETA,
+    CUT_PAIRS,
+    PAIRS,
+    PROMPTS,
+    REWARDS,
+    SFT_ROWS,
+    TIED,
+    VISIBLE,
+    World,
+    assert_same,
+    exact_norm,
+    gradient,
+    largest_difference,
+    load,
+    most_likely,
+    write_rows,
+)
 
 from preftune import first_gradient
-
-TOLERANCE = 1e-8
-"""Largest allowed difference in any element of any parameter's gradient."""
-VISIBLE = 1e-6
-"""A wrong oracle must differ by more than this in some element."""
-BETA = 0.1
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-PAIRS: list[dict[str, Any]] = [
-    {
-        "prompt": "name a quiet place",
-        "chosen": " the old bridge near the sea",
-        "rejected": " the sea",
-    },
-    {"prompt": "say hello", "chosen": " hello", "rejected": " the tall captain sleeps near a fox"},
-    {
-        "prompt": "why do small birds sing over the old sea",
-        "chosen": " a red fox runs over the bridge",
-        "rejected": " the captain and the small red birds sing a quiet name",
-    },
-    {"prompt": "why", "chosen": " small birds sing and", "rejected": " the fox sleeps"},
-]
-CUT_PAIRS = [
-    PAIRS[0] | {"chosen_finished": False, "rejected_finished": True},
-    PAIRS[1] | {"chosen_finished": True, "rejected_finished": False},
-    PAIRS[2] | {"chosen_finished": False, "rejected_finished": False},
-    PAIRS[3] | {"chosen_finished": True, "rejected_finished": True},
-]
-SFT_ROWS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
-PROMPTS = [row["prompt"] for row in PAIRS[:3]]
-REWARDS = {2: [[0.2, 0.9], [1.5, -0.5], [-2.0, -1.0]]} | {
-    3: [[0.2, 0.9, 0.5], [1.5, -0.5, 1.0], [-2.0, -1.0, -3.0]]
-}
-TIED = [[0.2, 0.9, 0.5], [1.5, 1.5, 1.5], [-2.0, -1.0, -3.0]]
-
-Ids = list[int]
-Response = tuple[Ids, Ids]
-"""Token ids of a prompt and of one response to it."""
-Pair = tuple[Response, Response]
-"""Chosen and rejected response."""
-
-
-# --- models, tokenizers, data -------------------------------------------------------------------
-
-
-def train_tokenizer(special_tokens: list[str]) -> Tokenizer:
-    """A byte-level BPE that knows each word of the rows, with its leading space, as one token."""
-    texts = [text for row in PAIRS for text in (row["prompt"] + row["chosen"] + row["rejected"],)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360,
-        special_tokens=special_tokens,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts * 4, trainer)
-    return tokenizer
-
-
-def build_tokenizer(with_bos: bool) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
-    """The raw tokenizer (for the expected ids) and what is saved beside the model."""
-    if not with_bos:
-        raw = train_tokenizer(["<|end|>"])
-        return raw, PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
-    raw = train_tokenizer(["<s>", "<|end|>", "<|user|>", "<|assistant|>"])
-    with_post_processor = Tokenizer.from_str(raw.to_str())
-    with_post_processor.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", raw.token_to_id("<s>"))]
-    )
-    saved = PreTrainedTokenizerFast(
-        tokenizer_object=with_post_processor,
-        bos_token="<s>",
-        eos_token="<|end|>",
-        pad_token="<|end|>",
-        chat_template=CHAT_TEMPLATE,
-    )
-    return raw, saved
-
-
-def build_model(architecture: str, raw: Tokenizer, tied: bool, seed: int) -> torch.nn.Module:
-    """Two random layers; biases and norms are moved from their defaults too."""
-    torch.manual_seed(seed)
-    special = {
-        "bos_token_id": raw.token_to_id("<s>"),
-        "eos_token_id": raw.token_to_id("<|end|>"),
-        "tie_word_embeddings": tied,
-    }
-    if architecture == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=raw.get_vocab_size(),
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                initializer_range=0.2,
-                **special,
-            )
-        )
-    else:
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=raw.get_vocab_size(),
-                n_embd=32,
-                n_layer=2,
-                n_head=4,
-                n_positions=128,
-                initializer_range=0.2,
-                **special,
-            )
-        )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-@dataclass(frozen=True)
-class World:
-    """One architecture with one tokenizer: a policy folder and another one for the reference."""
-
-    architecture: str
-    raw: Tokenizer
-    policy: Path
-    other: Path
-    with_bos: bool
-
-    def ids(self, text: str) -> Ids:
-        return self.raw.encode(text, add_special_tokens=False).ids
-
-    def token(self, text: str) -> int:
-        return self.raw.token_to_id(text)
-
-    @property
-    def end(self) -> int:
-        return self.token("<|end|>")
-
-    def prompt_ids(self, prompt: str, template: str = "none") -> Ids:
-        bos = [self.token("<s>")] if self.with_bos else []
-        if template == "none":
-            return bos + self.ids(prompt)
-        return [*bos, self.token("<|user|>"), *self.ids(prompt), self.token("<|assistant|>")]
-
-    def response(
-        self, prompt: str, response: str, finished: bool = True, template: str = "none"
-    ) -> Response:
-        end = [self.end] if finished else []
-        return self.prompt_ids(prompt, template), self.ids(response) + end
-
-    def completions(self, rows: Sequence[Mapping], template: str = "none") -> list[Response]:
-        return [self.response(row["prompt"], row["completion"], template=template) for row in rows]
-
-    def pairs(self, rows: Sequence[Mapping], template: str = "none") -> list[Pair]:
-        def role(row: Mapping, name: str) -> Response:
-            return self.response(
-                row["prompt"], row[name], row.get(f"{name}_finished", True), template
-            )
-
-        return [(role(row, "chosen"), role(row, "rejected")) for row in rows]
-
-    def samples(
-        self, rewards: Sequence[Sequence[float]], template: str = "none"
-    ) -> list[dict[str, Any]]:
-        """Random responses of unequal length, the prompts interleaved; the very last is cut.
-
-        The ids need not be what the tokenizer would make of their text, so a round trip through
-        text would show.
-        """
-        generator = torch.Generator().manual_seed(11)
-        special = 4 if self.with_bos else 1
-        samples: list[dict[str, Any]] = []
-        for k in range(len(rewards[0])):
-            for n, prompt in enumerate(PROMPTS):
-                length = int(torch.randint(1, 7, (), generator=generator))
-                tokens = torch.randint(
-                    special, self.raw.get_vocab_size(), (length,), generator=generator
-                ).tolist()
-                samples.append(
-                    {
-                        "prompt_ids": self.prompt_ids(prompt, template),
-                        "response_ids": [*tokens, self.end],
-                        "reward": rewards[n][k],
-                    }
-                )
-        samples[-1]["response_ids"].pop()
-        return samples
-
-
-WORLDS = {
-    "llama": ("llama", False, False),
-    "llama-tied-bos": ("llama", True, True),
-    "gpt2": ("gpt2", True, False),
-    "gpt2-bos": ("gpt2", True, True),
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
-    built = {}
-    for number, (name, (architecture, tied, with_bos)) in enumerate(WORLDS.items()):
-        raw, saved = build_tokenizer(with_bos)
-        folder = tmp_path_factory.mktemp(name)
-        for role, seed in (("policy", 2 * number), ("other", 2 * number + 1)):
-            build_model(architecture, raw, tied, seed).save_pretrained(folder / role)
-            saved.save_pretrained(folder / role)
-        built[name] = World(architecture, raw, folder / "policy", folder / "other", with_bos)
-    return built
-
-
-@pytest.fixture(params=list(WORLDS))
-def world(request: pytest.FixtureRequest, worlds: dict[str, World]) -> World:
-    return worlds[request.param]
-
-
-@pytest.fixture(params=["llama", "gpt2-bos"])
-def either(request: pytest.FixtureRequest, worlds: dict[str, World]) -> World:
-    """One world of each architecture, where all four would only cost time."""
-    return worlds[request.param]
-
-
-@cache
-def load(folder: Path) -> torch.nn.Module:
-    """The float32 values of the folder in float64, dropout off; shared, so never changed."""
-    return AutoModelForCausalLM.from_pretrained(folder).double().eval()
-
-
-# --- the oracle: log-probs and losses -----------------------------------------------------------
-
-
-@dataclass
-class Oracle:
-    """Policy, reference and, for the tests that must fail, one deliberate flaw."""
-
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    end: int
-    flaw: str | None = None
-    beta: float = BETA
-    settings: dict[str, float] = field(default_factory=dict)
-
-    def log_prob(self, model: torch.nn.Module, response: Response) -> Tensor:
-        """log pi(y | x): sum over the response's tokens, each predicted by the position before."""
-        prompt, tokens = response
-        if self.flaw == "end_left_out" and tokens[-1] == self.end:
-            tokens = tokens[:-1]
-        ids = torch.tensor(prompt + tokens)
-        all_log_probs = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
-        first = len(prompt)
-        if self.flaw == "prompt_counted":
-            first = 1
-        if self.flaw == "first_token_left_out":
-            first = len(prompt) + 1
-        if self.flaw == "unshifted":
-            return all_log_probs[torch.arange(first, len(ids)), ids[first:]].sum()
-        of_tokens = all_log_probs[torch.arange(first - 1, len(ids) - 1), ids[first:]]
-        return of_tokens.mean() if self.flaw == "mean_over_tokens" else of_tokens.sum()
-
-    def log_ratio(self, response: Response) -> Tensor:
-        with torch.no_grad():
-            of_reference = self.log_prob(self.reference, response)
-        return self.log_prob(self.policy, response) - of_reference
-
-    def margin(self, pair: Pair) -> Tensor:
-        chosen, rejected = pair[::-1] if self.flaw == "swapped" else pair
-        return self.log_ratio(chosen) - self.log_ratio(rejected)
-
-    def nll(self, responses: Sequence[Response]) -> Tensor:
-        return mean([-self.log_prob(self.policy, response) for response in responses])
-
-    def dpo(self, pairs: Sequence[Pair], count: int | None = None) -> Tensor:
-        smoothing = self.settings.get("label_smoothing", 0.0)
-        losses = []
-        for pair in pairs:
-            h = self.beta * self.margin(pair)
-            losses.append(-(1 - smoothing) * logsigmoid(h) - smoothing * logsigmoid(-h))
-        return torch.stack(losses).sum() / (count or len(pairs))
-
-    def ipo(self, pairs: Sequence[Pair]) -> Tensor:
-        target = 1 / (2 * self.settings["tau"])
-        return mean([(self.margin(pair) - target) ** 2 for pair in pairs])
-
-    def reverse_kl(self, groups: Sequence[Sequence[Response]]) -> Tensor:
-        """Score-function gradient of KL(policy || reference), leave-one-out baseline."""
-        of_prompts = []
-        for group in groups:
-            ratios = [self.log_ratio(response) for response in group]
-            if self.flaw != "gradient_not_stopped":
-                ratios = [ratio.detach() for ratio in ratios]
-            terms = []
-            for j, response in enumerate(group):
-                others = [ratio for i, ratio in enumerate(ratios) if i != j]
-                baseline = mean(ratios if self.flaw == "baseline_includes_itself" else others)
-                if self.flaw == "no_baseline":
-                    baseline = torch.zeros(())
-                terms.append((ratios[j] - baseline) * self.log_prob(self.policy, response))
-            of_prompts.append(mean(terms))
-        return mean(of_prompts)
-
-    def rank(self, samples: Sequence[Mapping]) -> list[Pair]:
-        """Best against worst of each prompt; a prompt whose rewards are all equal has no pair."""
-        pairs = []
-        for group in grouped(samples):
-            best = max(group, key=lambda sample: sample["reward"])
-            worst = min(group, key=lambda sample: sample["reward"])
-            if best["reward"] > worst["reward"]:
-                pairs.append((ids_of(best), ids_of(worst)))
-        return pairs
-
-    def loss(self, method: str, data: Any, samples: Sequence[Mapping]) -> Tensor:
-        """The loss of one row; `data` are responses (sft), pairs, or unused (on-policy rows)."""
-        if method == "sft":
-            return self.nll(data)
-        if method == "pref_ft":
-            return self.nll([pair[self.flaw == "swapped"] for pair in data])
-        if method == "dpo":
-            return self.dpo(data)
-        if method == "ipo":
-            return self.ipo(data)
-        if method == "on_policy_dpo":
-            pairs = self.rank(samples)
-            wrong_count = len(grouped(samples)) if self.flaw == "tied_pair_counted" else None
-            return self.dpo(pairs, wrong_count)
-        if method == "on_policy_best_of_n":
-            pick = min if self.flaw == "swapped" else max
-            groups = grouped(samples)
-            return self.nll([ids_of(pick(g, key=lambda s: s["reward"])) for g in groups])
-        assert method == "hypo"
-        weight = self.settings.get("weight", 0.05 * self.beta)
-        groups = [[ids_of(sample) for sample in group] for group in grouped(samples)]
-        return self.dpo(data) + weight * self.reverse_kl(groups)
-
-
-def mean(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(values)).mean()
-
-
-def ids_of(sample: Mapping) -> Response:
-    return sample["prompt_ids"], sample["response_ids"]
-
-
-def grouped(samples: Sequence[Mapping]) -> list[list[Mapping]]:
-    """Samples of equal prompts together, prompts in the order of their first appearance."""
-    groups: dict[tuple[int, ...], list[Mapping]] = {}
-    for sample in samples:
-        groups.setdefault(tuple(sample["prompt_ids"]), []).append(sample)
-    return list(groups.values())
-
-
-def gradient(policy: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    names, parameters = zip(*policy.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
 
 # --- a case: the configuration beside its expected gradient -------------------------------------
 
@@ -438,12 +75,10 @@ class Case:
         return SFT_ROWS if self.method == "sft" else PAIRS
 
     def full_config(self) -> dict[str, Any]:
-        path = self.folder / "data.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.data))
         config: dict[str, Any] = {
             "method": self.method,
             "model": str(self.world.policy),
-            "data": str(path),
+            "data": write_rows(self.folder / "data.jsonl", self.data),
             "batch_size": len(self.data),
             "template": self.template,
             "seed": 0,
@@ -487,27 +122,6 @@ class Case:
         return gradient(oracle.policy, oracle.loss(self.method, data, self.samples))
 
 
-def largest_difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    return max(float((actual[name] - expected[name]).abs().max()) for name in expected)
-
-
-def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert set(actual) == set(expected)
-    for name, value in expected.items():
-        assert actual[name].dtype == torch.float64, name
-        assert actual[name].shape == value.shape, name
-        assert torch.isfinite(actual[name]).all(), name
-    differences = {
-        name: float((actual[name] - value).abs().max()) for name, value in expected.items()
-    }
-    worst = max(differences, key=differences.__getitem__)
-    largest = max(float(value.abs().max()) for value in expected.values())
-    assert largest > 1e-3, f"the expected gradient is all but zero: {largest:.3g}"
-    assert differences[worst] <= TOLERANCE, (
-        f"{worst} differs by {differences[worst]:.3g}; largest expected element {largest:.3g}"
-    )
-
-
 # --- every row ----------------------------------------------------------------------------------
 
 
@@ -524,17 +138,8 @@ def test_gradient_of_every_row(world: World, method: str, reference: str, tmp_pa
 def test_gradient_in_exact_float64(
     worlds: dict[str, World], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above on Llama, whose norm in transformers computes in float32 whatever the weights are.
-
-    With the norm in float64 on both sides nothing is left but the loss: a difference here is never
-    rounding.
-    """
-
-    def forward(self: LlamaRMSNorm, hidden_states: Tensor) -> Tensor:
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    """As above on Llama, whose norm in transformers computes in float32 whatever the weights."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     world = worlds["llama"]
     case = Case(world, method, tmp_path, reference=world.other)
     assert_same(case.actual(), case.expected())
@@ -651,12 +256,10 @@ def test_model_given_as_an_object(either: World, tmp_path: Path) -> None:
 
 
 def best_of_n_config(world: World, folder: Path, **config: Any) -> dict[str, Any]:
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     return {
         "method": "best_of_n",
         "model": str(world.policy),
-        "data": str(path),
+        "data": write_rows(folder / "prompts.jsonl", ({"prompt": prompt} for prompt in PROMPTS)),
         "reward": "length:min",
         "batch_size": len(PROMPTS),
         "samples_per_prompt": 3,
@@ -679,24 +282,26 @@ def test_best_of_n_moves_every_parameter(world: World, tmp_path: Path) -> None:
 
 
 def test_best_of_n_trains_on_samples_of_the_reference(
-    worlds: dict[str, World], tmp_path: Path
+    worlds: dict[str, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reference whose next token is certain leaves nothing to chance: its greedy responses.
 
     One of them ends by itself and its end token is trained; the others are cut and get none.
     """
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)  # its own computes in float32
     world = worlds["llama"]
     certain = AutoModelForCausalLM.from_pretrained(world.other)
     head = certain.lm_head.weight
     with torch.no_grad():
         head.mul_(1000)
         prompt = world.prompt_ids(PROMPTS[1])
-        prompt = prompt + greedy(certain, prompt, world.end, 1)
+        prompt = prompt + most_likely(certain, prompt, world.end, 1, certain=True)
         hidden = certain.model(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
         head[world.end] = hidden / hidden.norm() * 1.5 * head.norm(dim=-1).max()
     certain.save_pretrained(tmp_path / "certain")
     responses = [
-        (ids, greedy(certain, ids, world.end, 5)) for ids in map(world.prompt_ids, PROMPTS)
+        (ids, most_likely(certain, ids, world.end, 5, certain=True))
+        for ids in map(world.prompt_ids, PROMPTS)
     ]
     ended = [tokens[-1] == world.end for _, tokens in responses]
     assert any(ended) and not all(ended)
@@ -705,18 +310,6 @@ def test_best_of_n_trains_on_samples_of_the_reference(
     policy = load(world.policy)
     oracle = Oracle(policy, policy, world.end)
     assert_same(first_gradient(config), gradient(policy, oracle.nll(responses)))
-
-
-def greedy(model: torch.nn.Module, prompt: Ids, end: int, limit: int) -> Ids:
-    """The most likely continuation; it must be all but certain at each token."""
-    tokens: Ids = []
-    with torch.no_grad():
-        while len(tokens) < limit and (not tokens or tokens[-1] != end):
-            logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1]
-            log_probs = logits.log_softmax(dim=-1)
-            assert log_probs.max() > -1e-9
-            tokens.append(int(log_probs.argmax()))
-    return tokens
 
 
 # --- the comparison is able to fail -------------------------------------------------------------

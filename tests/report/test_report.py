@@ -17,7 +17,7 @@ from preftune.errors import UserError
 from preftune.report import write_report
 from preftune.report.figures import charts
 from preftune.report.page import embed_json
-from preftune.report.read import read_runs
+from preftune.report.read import best_of_n, read_runs
 from preftune.report.tables import decimals_for, number
 
 ATTACK = "</script><script>window.pwned = 1; document.title = 'pwned'</script><img src=x onerror=1>"
@@ -229,6 +229,102 @@ def test_charts_are_valid_plotly_and_hold_the_data(tmp_path: Path) -> None:
         for data, _ in found.values() for trace in data if "line" in trace
     }  # fmt: skip
     assert len(colours) == 4, "one colour a run in all charts"
+
+
+def with_figures(folder: Path, **figures: dict[str, float | None]) -> Path:
+    found = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps(found | figures))
+    return folder
+
+
+def curve(ending: str = "", top: float = -12.0, most: int = 16) -> dict[str, Any]:
+    """best_of_1 at -20, up to `top` at the largest n."""
+    sizes = [2**i for i in range(most.bit_length())]
+    return {
+        f"best_of_{n}{ending}": estimate(-20.0 + (top + 20) * i / (len(sizes) - 1), 0.5)
+        for i, n in enumerate(sizes)
+    }
+
+
+def heads(page: str) -> list[str]:
+    inside = re.search(r'id="methods">.*?</thead>', page, re.DOTALL)
+    assert inside
+    return [plain(head) for head in re.findall(r"<th scope=col>(.*?)</th>", inside[0])]
+
+
+def test_a_ranking_by_the_training_reward_is_headed_proxy(tmp_path: Path) -> None:
+    page = page_of(quickstart(tmp_path), tmp_path)
+    assert heads(page)[1] == "Reward (proxy)tokens"
+    found = embedded(page)
+    assert "Reward (proxy) against KL" in page and "Held-out reward (proxy)" in page
+    assert found["frontier"][1]["yaxis"]["title"]["text"] == "Proxy reward (tokens)"
+    assert found["eval-reward"][1]["yaxis"]["title"]["text"] == "Proxy reward (tokens)"
+    assert "eval-gold" not in found
+
+
+def test_a_gold_reward_comes_first_and_ranks(tmp_path: Path) -> None:
+    gold = "reward:tests.py:gold"
+    folders = quickstart(tmp_path)
+    for at, folder in enumerate(folders):
+        with_figures(folder, **{gold: estimate(0.25 * at, 0.05)})
+        rows = [{"step": s, "eval_kl": 1.0 * s, f"eval_{gold}": 0.1 * s} for s in range(3)]
+        if folder.name != "reference":
+            write_lines(folder / "metrics.jsonl", rows)
+    page = page_of(folders, tmp_path)
+    assert heads(page)[1:3] == ["Gold rewardtests.py:gold", "Reward (proxy)tokens"]
+    assert table(page)["dpo"].startswith("0.250 [0.200, 0.300] | −2.50")
+    assert "Gold reward against KL" in page and "Reward (proxy) against KL" not in page
+    found = embedded(page)
+    assert next(iter(found)) == "eval-gold" and found["eval-gold"][0][0]["y"] == [0, 0.1, 0.2]
+    data, layout = found["frontier"]
+    assert layout["yaxis"]["title"]["text"] == "Gold reward (the reward&#x27;s own unit)"
+    final = {trace["name"]: trace["y"] for trace in data if "error_x" in trace}
+    assert final["dpo"] == [0.25] and final["hypo"] == [0.5]
+
+
+def test_best_of_n_is_on_the_plot_of_reward_and_kl(tmp_path: Path) -> None:
+    import plotly.graph_objects as go
+
+    folders = quickstart(tmp_path)
+    with_figures(folders[0], **curve(most=4), best_of_n_share=estimate(1.5, 0.25))
+    with_figures(folders[1], **curve(), best_of_n_share=estimate(0.5, 0.25))
+    page = page_of(folders, tmp_path)
+    data, layout = embedded(page)["frontier"]
+    go.Figure(data=data, layout=layout)
+    (best,) = [trace for trace in data if trace["name"] == "best-of-n"]
+    assert best["customdata"] == [1, 2, 4, 8, 16], "the longest of those measured, drawn once"
+    bound = [math.log(n) - (n - 1) / n for n in best["customdata"]]
+    assert best["x"] == pytest.approx(bound) and best["y"][-1] == -12
+    assert best["error_y"]["array"] == pytest.approx([0.5] * 5) and best["meta"] == -1
+    assert best["text"] == ["", "", "", "", "best of 16"]
+    assert "best of n answers of the untrained" in page
+    place = heads(page).index("Share of best-of-nof its gain at equal KL")
+    assert table(page)["pref_ft"].split(" | ")[place - 1] == "150 % † [125, 175]"
+    assert table(page)["dpo"].split(" | ")[place - 1] == "50 % † [25, 75]", "16 nats are beyond 16"
+    assert "compared with the gain of that n" in page
+
+
+def test_best_of_n_by_gold_is_shown_with_gold(tmp_path: Path) -> None:
+    folder = trained(tmp_path, "dpo", strength=0.25)  # 1.0 nat, within best-of-16
+    figures = curve() | curve(":g", top=-18.0) | {"reward:g": estimate(-19.0)}
+    figures["best_of_n_share"], figures["best_of_n_share:g"] = estimate(0.5), estimate(-0.25)
+    page = page_of([with_figures(folder, **figures)], tmp_path)
+    (run,) = read_runs([folder])
+    assert best_of_n(run)[16].value == -12.0 and best_of_n(run, "reward:g")[16].value == -18.0
+    (best,) = [t for t in embedded(page)["frontier"][0] if t["name"] == "best-of-n"]
+    assert best["y"][-1] == -18.0
+    assert "−25 % |" in table(page)["dpo"] and "†" not in page
+
+
+def test_all_figures_stand_in_one_table(tmp_path: Path) -> None:
+    folders = quickstart(tmp_path)
+    with_figures(folders[2], implicit_accuracy=estimate(0.75, 0.125))
+    page = own_part(page_of(folders, tmp_path))
+    inside = page[page.index("<details id=all-figures>") : page.index("</details>")]
+    row = re.search(r"<tr><th scope=row>implicit_accuracy</th>(.*?)</tr>", inside)
+    assert row
+    cells = plain(row[1].replace("</td>", " | ")).split(" | ")
+    assert cells[:4] == ["–", "–", "–", "0.750 [0.625, 0.875] |"], "the reference, then the rest"
 
 
 def test_answers_stand_side_by_side_with_the_cut_mark(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class BestWorst:
     kl: float = 0.0
     """Strength of KL in the reward (rank by reward - kl * log-ratio)."""
     shaping: Shaping = field(default_factory=Shaping)
+    """What is done to rewards first: no_end_penalty, standardise, limit."""
     labelled = True
     given = 0
     least = 2
@@ -83,6 +84,7 @@ class AllPairs:
     kl: float = 0.0
     """Strength of KL in the reward."""
     shaping: Shaping = field(default_factory=Shaping)
+    """What is done to rewards first: no_end_penalty, standardise, limit."""
     labelled = True
     given = 0
     least = 2
@@ -126,6 +128,7 @@ class RandomPair:
     kl: float = 0.0
     """Strength of KL in the reward."""
     shaping: Shaping = field(default_factory=Shaping)
+    """What is done to rewards first: no_end_penalty, standardise, limit."""
     labelled = True
     given = 0
     least = 2
@@ -175,6 +178,7 @@ class Best:
     kl: float = 0.0
     """Strength of KL in the reward (rank by reward - kl * log-ratio)."""
     shaping: Shaping = field(default_factory=Shaping)
+    """What is done to rewards first: no_end_penalty, standardise, limit."""
     labelled = True
     given = 0
     least = 2

@@ -34,9 +34,11 @@ class RewardWeights:
     beta: float = 1.0
     """Temperature, in the unit of the reward; infinite: every weight is 1."""
     max_weight: float | None = 20.0
+    """Larger weights are cut to it."""
     kl: float = 0.0
     """Strength of KL in the reward."""
     shaping: Shaping = field(default_factory=Shaping)
+    """What is done to rewards first: no_end_penalty, standardise, limit."""
     labelled = True
     given = 0
     least = 1
@@ -83,6 +85,7 @@ class Advantage:
     lam: float = 0.95
     """Weight of later values (baseline value)."""
     shaping: Shaping = field(default_factory=Shaping)
+    """What is done to rewards first: no_end_penalty, standardise, limit."""
     reward_range: tuple[float, float] | None = None
     """Least and largest reward there can be, where it is known: a method whose advantages cannot be
     negative has no negative gradient."""
@@ -150,7 +153,7 @@ class Advantage:
         """[*R, N, K] of responses or [*R, N, K, T] of tokens."""
         if self.whiten == "none":
             return advantage
-        runs = advantage.ndim - (4 if self.baseline == "value" else 3)
+        runs = advantage.ndim - (3 if self.baseline == "value" else 2)
         per = whiten  # each run, or each prompt of each run, by itself
         for _ in range(runs + (self.whiten == "prompt")):
             per = torch.vmap(per)

@@ -9,7 +9,8 @@ from string import Template
 
 from preftune.errors import UserError
 from preftune.report import tables
-from preftune.report.figures import Chart, charts
+from preftune.report.drawing import Chart
+from preftune.report.figures import charts
 from preftune.report.read import RunFolder, read_runs
 
 
@@ -58,7 +59,7 @@ def render(runs: Sequence[RunFolder], *, title: str, note: str = "") -> str:
         style=_resource("page.css"),
         facts=tables.header_list(runs),
         note=_note(note),
-        methods=tables.methods_table(runs),
+        methods=tables.methods_table(runs) + tables.all_figures(runs),
         charts=_charts(runs, figures),
         answers=_section("answers", "Answers to held-out prompts", tables.answers(runs)),
         settings=tables.settings(runs),

@@ -6,6 +6,7 @@ line that is not a JSON object is an error, because a page that silently lacks d
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,35 @@ def last_evaluation(run: RunFolder, key: str) -> Estimate:
             value, low, high = (finite(row.get(name)) for name in names)
             return Estimate(value=value, low=low, high=high)
     return Estimate()
+
+
+def gold_of(runs: Sequence[RunFolder]) -> str | None:
+    """The figure of the gold reward, `reward:NAME`: that of most runs, None where none has one."""
+    names = [name for run in runs for name in run.evaluation if name.startswith("reward:")]
+    return Counter(names).most_common(1)[0][0] if names else None
+
+
+def best_of_n(run: RunFolder, reward: str = "reward") -> dict[int, Estimate]:
+    """Reward of best-of-n from the reference by n, where the run measured it.
+
+    Args:
+        reward: the figure that it is compared with, `reward` or `reward:NAME`.
+    """
+    ending = reward.removeprefix("reward")
+    found = {
+        int(match[1]): run.evaluation[name]
+        for name in run.evaluation
+        if (match := _BEST_OF.fullmatch(name)) and (match[2] or "") == ending
+    }
+    return {n: found[n] for n in sorted(found) if found[n].value is not None}
+
+
+_BEST_OF = re.compile(r"best_of_([1-9]\d{0,8})(:.*)?", re.DOTALL)
+
+
+def best_of_kl(n: int) -> float:
+    """Upper bound of best-of-n's KL to what it draws from, nats (arXiv 2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:

@@ -6,8 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from preftune.report.figures import Style, reward_unit, styles
-from preftune.report.read import Estimate, Row, RunFolder, finite, last_evaluation
+from preftune.report.drawing import Style, reward_unit, styles
+from preftune.report.read import (
+    Estimate,
+    Row,
+    RunFolder,
+    best_of_kl,
+    best_of_n,
+    finite,
+    gold_of,
+    last_evaluation,
+)
 
 DASH = "–"
 """Stands for a number that is absent or not finite."""
@@ -98,20 +107,38 @@ def _cell(estimate: Estimate, decimals: int, unit: str = "") -> str:
     return f"<td><b>{shown}{unit if shown != DASH else ''}</b></td>"
 
 
-def methods_table(runs: Sequence[RunFolder]) -> str:
-    """One row a run, the untrained model first."""
-    extra = sorted(
-        {name for run in runs for name in run.evaluation if name.startswith(("reward:", "gold"))}
-    )
-    columns: list[tuple[str, str, str, Callable[[Estimate], Estimate] | None]] = [
-        ("reward", "Reward", reward_unit(runs), None),
-        *((name, name, "", None) for name in extra),
+Column = tuple[str, str, str, Callable[[Estimate], Estimate] | None]
+"""Figure, heading, unit, and what is done to it before it is shown."""
+
+
+def _columns(runs: Sequence[RunFolder]) -> list[Column]:
+    """What the table shows: a gold reward first where there is one, the training reward named so.
+
+    A ranking by the reward that was trained on is a ranking by a proxy.
+    """
+    names = {name for run in runs for name in run.evaluation}
+    gold = sorted(name for name in names if name.startswith("reward:"))
+    first = gold_of(runs)
+    gold.sort(key=lambda name: name != first)
+    share = f"best_of_n_share{(first or 'reward').removeprefix('reward')}"
+    judged = [("judge_win_rate", "Win rate by the judge", "v the reference", _percent)]
+    against = "of its gain at equal KL"
+    return [
+        *((name, "Gold reward", name.removeprefix("reward:"), None) for name in gold),
+        ("reward", "Reward (proxy)", reward_unit(runs), None),
         ("kl", "KL to the reference", "nats a response", None),
-        ("win_rate", "Win rate v the reference", "", _percent),
+        *([(share, "Share of best-of-n", against, _percent)] if share in names else []),
+        ("win_rate", "Win rate v the reference", "" if not gold else "by the proxy", _percent),
+        *(judged if "judge_win_rate" in names else []),
         ("length", "Mean length", "tokens", None),
         ("no_end", "Without an end token", "share of answers", _percent),
         ("seconds", "Time", "seconds", None),
     ]
+
+
+def methods_table(runs: Sequence[RunFolder]) -> str:
+    """One row a run, the untrained model first."""
+    columns = _columns(runs)
     heads = "".join(
         f"<th scope=col>{text(name)}{f'<small>{text(unit)}</small>' if unit else ''}</th>"
         for _, name, unit, _ in columns
@@ -120,7 +147,11 @@ def methods_table(runs: Sequence[RunFolder]) -> str:
     for key, _, _, change in columns:
         column = [last_evaluation(run, key) for run in runs]
         if change is not None:
-            cells[key] = [_cell(change(estimate), 0, " %") for estimate in column]
+            beyond = [_beyond(run) and key.startswith("best_of_n_share") for run in runs]
+            cells[key] = [
+                _cell(change(estimate), 0, " % †" if at_last else " %")
+                for estimate, at_last in zip(column, beyond, strict=True)
+            ]
             continue
         decimals = decimals_for([estimate.value for estimate in column])
         if key in ("length", "seconds"):
@@ -131,9 +162,41 @@ def methods_table(runs: Sequence[RunFolder]) -> str:
         f"{''.join(cells[key][at] for key, *_ in columns)}</tr>"
         for at, (run, style) in enumerate(zip(runs, styles(runs), strict=True))
     )
+    marked = any("†" in cell for column in cells.values() for cell in column)
     return (
         '<div class=scroll><table class=methods id="methods"><thead><tr><th scope=col>Method</th>'
-        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>{_FOOTNOTE if marked else ''}"
+    )
+
+
+_FOOTNOTE = (
+    "<p class=caption>† The KL is beyond that of the largest n drawn: the gain is compared with "
+    "the gain of that n.</p>"
+)
+
+
+def _beyond(run: RunFolder) -> bool:
+    """Whether the run is further from the reference than its best-of-n reaches."""
+    kl, sizes = last_evaluation(run, "kl").value, best_of_n(run)
+    return kl is not None and bool(sizes) and kl > best_of_kl(max(sizes))
+
+
+def all_figures(runs: Sequence[RunFolder]) -> str:
+    """Every figure of every run with its interval, one row a figure."""
+    names = list(dict.fromkeys(name for run in runs for name in run.evaluation))
+    if not names:
+        return ""
+    heads = "".join(f"<th scope=col>{text(run.label)}</th>" for run in runs)
+    rows: list[str] = []
+    for name in names:
+        column = [run.evaluation.get(name, Estimate()) for run in runs]
+        decimals = decimals_for([estimate.value for estimate in column])
+        cells = "".join(_cell(estimate, max(2, decimals)) for estimate in column)
+        rows.append(f"<tr><th scope=row>{text(name)}</th>{cells}</tr>")
+    return (
+        "<details id=all-figures><summary>All figures</summary><div class=scroll>"
+        f"<table class=settings><thead><tr><th scope=col>Figure</th>{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 

@@ -1,0 +1,121 @@
+"""The commands that train: settings from a file, flags and --set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from preftune.errors import UserError
+
+JSON = ("json", bool, False, "print one JSON document and nothing else on stdout")
+_UNUSED = (
+    "method", "reward", "gold", "reward_weights", "judge", "retention", "prompts",
+    "prompts_per_round", "samples_per_prompt", "passes", "max_new_tokens", "temperature", "top_p",
+    "top_k", "beta", "tau", "clip", "kl", "target_kl", "max_weight", "baseline", "reference",
+    "reference_update", "weight", "unit",
+)  # fmt: skip
+"""Flags that the training of a reward model has no use for: it samples nothing."""
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    from preftune.runs import dumps
+
+    print(dumps(value))
+
+
+def settings(
+    given: dict[str, Any], config_file: str | None, pairs: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration from a file, flags and --set, and the overrides below `terms`."""
+    import yaml
+
+    from preftune import config as configs
+
+    values = configs.read_yaml(Path(config_file)) if config_file else {}
+    values.update(given)
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        path, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair}: must be PATH=VALUE, as terms.1.weight=0.3.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {pair}: the value is no plain YAML.") from error
+        if path.startswith("terms."):
+            overrides[path] = value
+        elif path in configs.Config.model_fields:
+            values[path] = value
+        else:
+            known = [*configs.Config.model_fields, "terms.0.weight"]
+            raise UserError(f"--set {path}: there is no '{path}'.{configs.suggest(path, known)}")
+    return values, overrides
+
+
+def train(args: list[str]) -> int:
+    """preftune train."""
+    from preftune import flags
+
+    text = "Tune a model on preferences with a row of the table (preftune methods)."
+    folder, last, as_json = _run("train", text, flags.TRAIN, args, {})
+    if as_json:
+        print_json({"folder": str(folder), "metrics": last})
+    else:
+        print(f"model: {folder / 'model'}\nreport: {folder / 'report.html'}")
+    return 0
+
+
+def reward(args: list[str]) -> int:
+    """preftune reward: the row of that name, and what became of it on held-out pairs."""
+    from preftune import flags, inspecting
+    from preftune.runs import RunFolder
+
+    text = "Train a Bradley-Terry reward model on preference pairs, for --reward DIR/model."
+    names = [n for n in flags.TRAIN if n not in _UNUSED]
+    folder, last, as_json = _run("reward", text, names, args, {"method": "reward"})
+    found = RunFolder(folder).read_json("evaluation.json") or {}
+    if as_json:
+        print_json({"folder": str(folder), "metrics": last, "evaluation": found})
+        return 0
+    if found:
+        title = "Held-out pairs, 95 % intervals over prompts; this run only (one training seed)"
+        inspecting.figures(title, found)
+        gain = found["accuracy_gain"]
+        if gain["low"] is None or gain["low"] <= 0:
+            print("It does not beat the best rule that reads nothing beyond this run's noise.")
+    print(f"use it: --reward {folder / 'model'}\nreport: {folder / 'report.html'}")
+    return 0
+
+
+def _run(
+    command: str, text: str, names: Sequence[str], args: list[str], fixed: dict[str, Any]
+) -> tuple[Path, dict[str, Any], bool]:
+    """Train as the flags say; the run's folder, its last metrics, and whether JSON is asked for."""
+    import tyro
+
+    from preftune import config as configs
+    from preftune import flags
+    from preftune.progress import Progress, stderr, working
+
+    many = tyro.conf.UseAppendAction[tuple[str, ...]]
+    given, own = flags.parse(
+        command,
+        text,
+        names,
+        args,
+        [
+            ("config", str | None, None, "YAML file of settings; flags win"),
+            ("set", many, (), "PATH=VALUE, e.g. terms.1.weight=0.3; may be repeated"),
+            JSON,
+        ],
+    )
+    values, overrides = settings(given, own["config"], own["set"])
+    values = {**values, **fixed}
+    configs.load(values)  # before torch is loaded, which takes seconds
+    console = stderr()
+    with working(console, "loading"):
+        from preftune.training import resumed
+        from preftune.training import train as run
+    with Progress(console) as bar:
+        done = run(resumed(values), callbacks=[bar], overrides=overrides)
+    return done.folder, done.metrics[-1] if done.metrics else {}, own["json"]

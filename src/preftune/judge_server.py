@@ -1,0 +1,211 @@
+"""A server that speaks OpenAI's chat completions, asked with patience and without surprises.
+
+Only the address given is contacted: redirects are refused, and where no model is named the server's
+first is taken. The key, if the server wants one, comes from PREFTUNE_JUDGE_KEY or OPENAI_API_KEY,
+never from a setting. A server that is gone is a user's error; one request that it refuses is not.
+"""
+
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from typing import Any
+
+from preftune.errors import UserError
+
+KEYS = ("PREFTUNE_JUDGE_KEY", "OPENAI_API_KEY")
+_LOCAL = {"localhost", "127.0.0.1", "::1"}
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+"""Statuses that may pass."""
+_LONGEST_WAIT = 30.0
+
+
+class Refused(Exception):
+    """The server refuses this one request (too long, say); others may be answered."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Follow none: only the address given is contacted."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server of chat completions, and how patient to be with it."""
+
+    url: str
+    """Up to and with `/v1`."""
+    model: str | None = None
+    """None: the first that the server lists."""
+    timeout: float = 120.0
+    """Seconds that one answer may take."""
+    tries: int = 4
+    wait: float = 1.0
+    """Seconds before the second try; doubled each time."""
+    workers: int = 8
+    """Requests at once."""
+    _known: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, init=False, compare=False, repr=False)
+
+    def ask(self, question: str) -> str:
+        """The model's answer to one question, at temperature 0.
+
+        Raises:
+            UserError: the server cannot be reached, or wants another key or address.
+            Refused: it refuses this question.
+        """
+        body = {
+            "model": self.name_of_model(),
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+        }
+        found = self._request("/chat/completions", json.dumps(body).encode())
+        try:
+            return str(found["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            return ""
+
+    def name_of_model(self) -> str:
+        """The model that is asked; the server's list is read once."""
+        if self.model is not None:
+            return self.model
+        with self._lock:
+            if "model" not in self._known:
+                self._known["model"] = self._first_model()
+            return self._known["model"]
+
+    def _first_model(self) -> str:
+        try:
+            return str(self._request("/models")["data"][0]["id"])
+        except (Refused, KeyError, IndexError, TypeError) as error:
+            raise UserError(
+                f"judge '{self.url}': lists no model. Name one behind the address, "
+                f"as judge:{self.url}#MODEL."
+            ) from error
+
+    def _request(self, path: str, body: bytes | None = None) -> Any:
+        """The answer's JSON (None where it is none), after as many tries as it takes."""
+        request = urllib.request.Request(self.url + path, data=body)
+        request.add_header("Content-Type", "application/json")
+        key = next((k for name in KEYS if (k := os.environ.get(name))), None)
+        if key:
+            request.add_header("Authorization", f"Bearer {key}")
+        reason, wait = "", self.wait
+        for left in range(self.tries - 1, -1, -1):
+            pause = wait
+            try:
+                with _opener(self.url).open(request, timeout=self.timeout) as reply:
+                    return _json(reply.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    reason = f"status {error.code}: {_said(error)}"
+                    if error.code not in _AGAIN:
+                        raise self._final(error.code, reason) from error
+                    pause = max(wait, _retry_after(error.headers.get("Retry-After")))
+            except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
+                reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+            if left:
+                time.sleep(min(pause, _LONGEST_WAIT))
+                wait *= 2
+        raise UserError(
+            f"judge '{self.url}': no answer after {self.tries} tries ({reason}). Start the server, "
+            "or check the address, which ends in /v1 with most servers."
+        )
+
+    def _final(self, status: int, reason: str) -> Exception:
+        """What a status that does not pass means."""
+        if status in (401, 403):
+            return UserError(
+                f"judge '{self.url}': it wants another key ({reason}). Put it into the "
+                f"environment as {KEYS[0]}."
+            )
+        if status == 404 or 300 <= status < 400:
+            return UserError(
+                f"judge '{self.url}': no such address or model ({reason}). Give the address up to "
+                "/v1, and behind it the model: judge:http://host:port/v1#MODEL."
+            )
+        return Refused(reason)
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """Without redirects, and on this machine without a proxy."""
+    local = urllib.parse.urlsplit(url).hostname in _LOCAL
+    proxies = [urllib.request.ProxyHandler({})] if local else []
+    return urllib.request.build_opener(_NoRedirect, *proxies)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The first line of what the server says about a failure."""
+    try:
+        text = error.read(2000).decode("utf-8", "replace").strip()
+    except (OSError, HTTPException):
+        text = ""
+    return (text.splitlines() or [str(error.reason)])[0][:200]
+
+
+def _retry_after(value: str | None) -> float:
+    try:
+        return float(value or 0)
+    except ValueError:  # a date
+        return 0.0
+
+
+def connect(given: str, **patience: Any) -> Server:
+    """The server that `judge:URL[#MODEL]`, or the bare URL, names. Nothing is contacted yet.
+
+    Args:
+        patience: timeout, tries, wait, workers.
+    Raises:
+        UserError: what is wrong with the address.
+    """
+    bare, _, model = given.removeprefix("judge:").partition("#")
+    try:
+        parts = urllib.parse.urlsplit(bare)
+        port_is_number = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_is_number = urllib.parse.urlsplit(""), False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_number:
+        raise UserError(
+            f"judge '{given}': is no address. Give judge:http://host:port/v1, and #MODEL behind "
+            "it where the server has several."
+        )
+    if parts.username or parts.password or parts.query:
+        raise UserError(
+            "judge: the address holds a key or a query, which would stand in config.yaml. Put the "
+            f"key into the environment as {KEYS[0]}."
+        )
+    url = bare.rstrip("/").removesuffix("/chat/completions")
+    return Server(url=url, model=model or None, **patience)
+
+
+def check(server: Server) -> None:
+    """Ask one question, so that a wrong address or key is known before the work.
+
+    Raises:
+        UserError: as `Server.ask`.
+    """
+    try:
+        server.ask("Answer with the one letter A.")
+    except Refused as error:
+        raise all_refused(server, str(error)) from error
+
+
+def all_refused(server: Server, reason: str) -> UserError:
+    """The error of a server that answers nothing."""
+    return UserError(
+        f"judge '{server.url}': it refuses every question ({reason}). Check the model's name "
+        f"(now {server.name_of_model()}) and what the server allows."
+    )

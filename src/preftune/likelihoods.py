@@ -1,0 +1,165 @@
+"""Figures of given texts: held-out pairs under policy and reference, and plain text.
+
+What the policy would say itself is in `preftune.evaluate`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune.data.files import ending, read_file
+from preftune.errors import UserError
+from preftune.figures import Figures, ratio
+from preftune.numerics import masked_sum
+from preftune.policies.base import Policy
+from preftune.policies.scoring import score_all
+from preftune.samples import DATA, Samples, pad_stack
+from preftune.sources import Data
+
+BATCH = 32
+"""Rows made into samples at once."""
+
+
+def pair_figures(
+    policy: Policy,
+    reference: Policy,
+    pairs: Data,
+    budget: int | None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Figures:
+    """Accuracy and margin of the implicit reward on pairs, and the log-ratios it is made of.
+
+    Pairs of equal prompts are resampled together.
+
+    Args:
+        pairs: rows whose first response is the chosen one, whose second the rejected one.
+        budget: tokens in one forward pass.
+    """
+    ratios: list[Tensor] = []
+    clusters: dict[tuple[int, ...], int] = defaultdict(lambda: len(clusters))
+    places: list[int] = []
+    for start in range(0, len(pairs), BATCH):
+        rows = torch.arange(start, min(start + BATCH, len(pairs)))
+        samples = pairs.samples(rows, responses=[0, 1])
+        mine, theirs = (
+            masked_sum(score_all(p, samples, budget), samples.mask).double()
+            for p in (policy, reference)
+        )
+        ratios.append(mine - theirs)
+        for ids, mask in zip(samples.prompt, samples.prompt_mask, strict=True):
+            places.append(clusters[tuple(ids[mask].tolist())])
+        progress(len(places), len(pairs))
+    chosen, rejected = torch.cat(ratios).unbind(-1)
+    margin = chosen - rejected
+    cluster = torch.tensor(places)
+    found = {
+        "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
+        "implicit_margin": margin,
+        "log_ratio_chosen": chosen,
+        "log_ratio_rejected": rejected,
+    }
+    counts = _sums(torch.ones_like(margin), cluster)
+    return {name: ratio(_sums(x, cluster), counts, seed) for name, x in found.items()}
+
+
+def _sums(values: Tensor, cluster: Tensor) -> Tensor:
+    """Sums of values [n] by cluster."""
+    out = torch.zeros(int(cluster.max()) + 1, dtype=torch.float64)
+    return out.index_add(0, cluster, values.double())
+
+
+def plain_text(source: str) -> list[str]:
+    """The documents of a file: a .txt is one; of other kinds each row is one, in `text`.
+
+    Raises:
+        UserError: no such file, or rows without text.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"retention '{source}': no such file. Give a .txt or JSONL of plain text.")
+    if ending(path) is None:
+        raise UserError(f"retention '{source}': unknown ending. Give .txt or .jsonl, plain or .gz.")
+    try:
+        rows = list(read_file(path))
+    except UserError as error:
+        raise UserError(f"retention{str(error).removeprefix('data')}") from error
+    if ending(path) == ".txt":
+        return ["\n".join(row["prompt"] for _, row in rows)]
+    texts = []
+    for where, row in rows:
+        text = row.get("text") if isinstance(row, Mapping) else row
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(
+                f"retention '{source}': row {where} has no text. Each row is an object with 'text'."
+            )
+        texts.append(text)
+    return texts
+
+
+def windows(documents: Sequence[str], tokenizer: Any, size: int) -> list[list[int]]:
+    """Token ids of the documents in pieces of at most `size` tokens (2 or more each).
+
+    Raises:
+        UserError: no document has two tokens.
+    """
+    pieces = []
+    for text in documents:
+        ids = tokenizer(text)["input_ids"]  # with BOS, where the tokenizer adds one
+        pieces += [ids[start : start + size] for start in range(0, len(ids), size)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise UserError("retention: the text has no two tokens. Give more of it.")
+    return pieces
+
+
+def retention(
+    policy: Policy,
+    reference: Policy | None,
+    pieces: Sequence[list[int]],
+    budget: int | None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Figures:
+    """-log-prob of plain text a token, of the policy and of the reference, and their difference.
+
+    Each piece stands alone: its first token is given and not scored. Pieces are resampled.
+    """
+    order = sorted(pieces, key=len)
+    sums: dict[str, list[Tensor]] = {"mine": [], "reference": [], "tokens": []}
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        samples = _as_samples(part)
+        sums["tokens"].append(samples.lengths().sum(-1).double())
+        for name, of in (("mine", policy), ("reference", reference)):
+            if of is not None:
+                logp = masked_sum(score_all(of, samples, budget), samples.mask)
+                sums[name].append(-logp.sum(-1).double())
+        progress(start + len(part), len(order))
+    tokens, mine = torch.cat(sums["tokens"]), torch.cat(sums["mine"])
+    out = {"retention_nll": ratio(mine, tokens, seed)}
+    if reference is not None:
+        theirs = torch.cat(sums["reference"])
+        out["retention_nll_reference"] = ratio(theirs, tokens, seed)
+        out["retention_change"] = ratio(mine - theirs, tokens, seed)
+    return out
+
+
+def _as_samples(pieces: Sequence[list[int]]) -> Samples:
+    """The first token as the prompt, the rest as the one response."""
+    prompt = torch.tensor([[piece[0]] for piece in pieces])
+    tokens, mask = pad_stack([torch.tensor(piece[1:]) for piece in pieces])
+    shape = (len(pieces), 1)
+    return Samples(
+        prompt=prompt,
+        prompt_mask=torch.ones_like(prompt, dtype=torch.bool),
+        tokens=tokens.unsqueeze(1),
+        mask=mask.unsqueeze(1),
+        finished=torch.zeros(shape, dtype=torch.bool),
+        origin=torch.full(shape, DATA),
+        row=torch.arange(len(pieces)),
+    )
