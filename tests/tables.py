@@ -40,12 +40,13 @@ class Table:
         arms = arms if responses is None else arms[:, responses]
         arms = arms.expand(*self.runs, *arms.shape)
         tokens = arms.unsqueeze(-1)
+        row = torch.as_tensor(index).expand(*self.runs, len(index))
         columns = {k: torch.tensor(v, dtype=torch.float64)[index] for k, v in self.extra.items()}
         return Samples(
             prompt=prompt, prompt_mask=prompt_mask, tokens=tokens,
             mask=torch.ones_like(tokens, dtype=torch.bool),
             finished=torch.ones_like(arms, dtype=torch.bool),
-            origin=torch.full_like(arms, DATA), row=prompt[..., 0],
+            origin=torch.full_like(arms, DATA), row=row,
             extra={k: v.expand(*self.runs, *v.shape) for k, v in columns.items()},
         )  # fmt: skip
 

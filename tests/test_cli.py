@@ -282,7 +282,8 @@ def test_evaluate_as_json(out, tiny_model, pairs_file):
         assert set(figure) == {"value", "low", "high"}
         assert figure["low"] <= figure["value"] <= figure["high"]
     assert found["win_rate"]["value"] == 0.5 and abs(found["kl"]["value"]) < 1e-5
-    assert set(json.loads(out("evaluate", *given, "--json"))) == {"length", "no_end"}
+    alone = {"length", "no_end", "entropy", "entropy_per_token", "distinct_1", "distinct_2"}
+    assert set(json.loads(out("evaluate", *given, "--json"))) == alone
     assert "win_rate" in out("evaluate", *given, *rewards)
 
 

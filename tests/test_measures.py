@@ -49,8 +49,8 @@ def after_a_move(row: Method, world: World, version: int = 5) -> tuple[Group, Sa
     groups = group_terms(row)
     refill(groups[0], world, 2)
     moved(world)
-    _, metrics = loop.gradient(groups, world, version)
-    return groups[0], groups[0].round.samples, metrics
+    loss, metrics = loop.gradient(groups, world, version)
+    return groups[0], groups[0].round.samples, metrics | {"loss": float(loss)}
 
 
 @pytest.mark.parametrize("budget", [None, 1, 9])
@@ -66,12 +66,18 @@ def test_figures_of_a_stale_round(budget):
     ratio = [math.exp(now[s][a] - start[s][a]) for s, a in pairs]
     n = len(ratio)
     assert n == 18
+    advantage = [a - 0.1 * (start[s][a] - ref[s][a]) for s, a in pairs]
+    clipped_ratio = [min(max(r, 1 - CLIP), 1 + CLIP) for r in ratio]
     by_hand = {
+        "loss": -sum(
+            min(r * a, c * a) for r, c, a in zip(ratio, clipped_ratio, advantage, strict=True)
+        )
+        / n,
         "ratio_mean": sum(ratio) / n,
         "ratio_max": max(ratio),
         "effective_sample_size": sum(ratio) ** 2 / (n * sum(r * r for r in ratio)),
         "clip_fraction": sum(abs(r - 1) > CLIP for r in ratio) / n,
-        "kl": sum(now[s][a] - ref[s][a] for s, a in pairs) / n,
+        "kl": sum(start[s][a] - ref[s][a] for s, a in pairs) / n,  # at collection
         "logp": sum(now[s][a] for s, a in pairs) / n,
         "reward": sum(a for _, a in pairs) / n,
         "staleness": 3,
@@ -170,7 +176,10 @@ def test_what_the_reward_was_asked():
     assert "reward_queries" not in tables.run(row_of("hypo"), make_world("hypo"), 1)[1][0]
     scores = Table(extra={"score_chosen": (1.0,) * 6, "score_rejected": (0.0,) * 6})
     world = make_world("offline_rwr", table=scores, reward=None)
-    assert "reward_queries" not in tables.run(row_of("offline_rwr"), world, 1)[1][0]
+    row = row_of("offline_rwr")
+    told = replace(row.terms[0], source=replace(row.terms[0].source, scored=True))
+    _, logged = tables.run(replace(row, terms=(told,)), world, 1)
+    assert "reward_queries" not in logged[0]
 
 
 def test_a_pool_shows_its_fresh_samples_alone():
@@ -189,10 +198,12 @@ def test_a_pool_shows_its_fresh_samples_alone():
     ref = world.reference.logits.log_softmax(-1).detach()
     own = s.tokens[:, 1, 0]
     ratio = (now - start)[s.row, own].exp()
-    assert metrics["kl"] == pytest.approx(float((now - ref)[s.row, own].mean()), abs=1e-12)
+    assert metrics["kl"] == pytest.approx(float((start - ref)[s.row, own].mean()), abs=1e-12)
     assert metrics["staleness"] == 3
     assert metrics["ratio_mean"] == pytest.approx(float(ratio.mean()), abs=1e-12)
     assert metrics["ratio_max"] == pytest.approx(float(ratio.max()), abs=1e-12)
+    size = float(ratio.sum() ** 2 / (len(ratio) * ratio.square().sum()))
+    assert metrics["effective_sample_size"] == pytest.approx(size, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["on_policy_dpo", "on_policy_best_of_n"])
@@ -230,6 +241,17 @@ def test_the_gap_of_a_sampler_is_seen_and_the_trainers_log_probs_are_used(name):
         expected = policy.score(s.prompt, s.prompt_mask, s.tokens, s.mask).detach()
         torch.testing.assert_close(s.logp, expected, rtol=0, atol=1e-14)
     assert metrics["sampler_gap"] == pytest.approx(0.125, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["on_policy_dpo", "ppo", "hypo"])
+def test_a_samplers_gap_is_no_kl_and_no_staleness(name):
+    """At the reference, before the first step: KL 0 and ratio 1, whatever the sampler reports, also
+    where the row itself asks for no log-probs at collection."""
+    world = make_world(name, at_reference=True)
+    world = replace(world, policy=Engine(world.policy.logits, value_head=name == "ppo"))
+    metrics = loop.gradient(group_terms(row_of(name)), world, 0)[1]
+    assert metrics["kl"] == pytest.approx(0, abs=1e-12)
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-12)
 
 
 def test_an_update_is_left_out_where_its_ratio_is_too_large():

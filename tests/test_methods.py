@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from preftune import loading, methods, spec
+from preftune import building, methods, spec
 from preftune import objectives as o
 from preftune.config import load
 from preftune.errors import UserError
@@ -116,12 +116,12 @@ def test_an_unknown_row_offers_the_nearest():
 )
 def test_a_kl_term_needs_fresh_samples_of_the_policy_itself(settings):
     with pytest.raises(UserError, match="reverse_kl needs"):
-        loading.method_of(load({"method": "hypo", "batch_size": 8, **settings}))
+        building.method_of(load({"method": "hypo", "batch_size": 8, **settings}))
 
 
 def test_rounds_smaller_than_an_update_are_refused():
     with pytest.raises(UserError, match="prompts_per_round: 2"):
-        loading.method_of(
+        building.method_of(
             load({"method": "on_policy_dpo", "batch_size": 8, "prompts_per_round": 2})
         )
 

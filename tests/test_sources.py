@@ -97,25 +97,26 @@ SCORES = {
 
 
 def test_all_responses_with_their_scores_as_rewards():
-    found = Offline().collect(context(make_world(table=Table(extra=SCORES))), 4)
+    found = Offline(scored=True).collect(context(make_world(table=Table(extra=SCORES))), 4)
     rows = found.row.tolist()
     assert arms(found) == [[s % 5, (s + 1) % 5] for s in rows] and len(rows) == 4
     assert found.reward.tolist() == [[10.0 + s, -1.0 * s] for s in rows]
     assert (found.origin == DATA).all() and found.logp is None
 
 
-def test_scores_that_are_not_complete_are_none():
-    for extra in (
-        {"score_chosen": SCORES["score_chosen"]},
-        SCORES | {"score_rejected": (0.0,) * 5 + (math.nan,)},
-        {},
-    ):
-        found = Offline().collect(context(make_world(table=Table(extra=extra))), STATES)
-        assert found.reward is None
+def test_scores_are_used_only_where_the_source_says_so():
+    """It is told so for the whole data set: which rewards a row gets does not hang on its batch."""
+    found = Offline().collect(context(make_world(table=Table(extra=SCORES))), STATES)
+    assert found.reward is None
+    partial = SCORES | {"score_rejected": (0.0,) * 5 + (math.nan,)}
+    with pytest.raises(AssertionError, match="no score"):
+        world = make_world(table=Table(extra=partial))
+        Offline(scored=True).collect(context(world), STATES)
 
 
 def test_scores_spare_the_reward():
-    group, world = group_of(Offline(), BestWorst()), make_world(table=Table(extra=SCORES))
+    group = group_of(Offline(scored=True), BestWorst())
+    world = make_world(table=Table(extra=SCORES))
     refill(group, world, 0)
     assert group.queries == 0 and torch.equal(
         group.round.samples.reward[:, 0], 10.0 + group.round.samples.row
@@ -126,16 +127,17 @@ def test_scores_spare_the_reward():
 
 
 def test_the_chosen_alone():
-    found = CHOSEN.collect(context(make_world(table=Table(extra=SCORES))), 3)
+    source = replace(CHOSEN, scored=True)
+    found = source.collect(context(make_world(table=Table(extra=SCORES))), 3)
     assert arms(found) == [[s % 5] for s in found.row.tolist()]
-    assert found.reward is None  # scores are of pairs
+    assert found.reward.tolist() == [[10.0 + s] for s in found.row.tolist()]
     assert CHOSEN.num_responses == CHOSEN.reads == 1
 
 
 def test_each_response_behind_a_control():
     """Rows one after another, the chosen first; states 2S + s for good, S + s for bad; rewards in
     the same order. Four prompts are two rows."""
-    source = Offline(take="conditioned")
+    source = Offline(take="conditioned", scored=True)
     world = make_world("binary_reward_conditioning", table=Table(extra=SCORES))
     found = source.collect(context(world), 4)
     a, b = (int(r) for r in found.row[::2])
@@ -198,9 +200,10 @@ def test_a_pools_prompts_are_its_first_members():
 )
 def test_equal_members_of_a_pool_draw_differently(member):
     """A member's random stream is keyed by its place too."""
-    found = Pool(members=(member, member)).collect(context(make_world()), 6)
-    assert found.tokens.shape[-2] == 16
-    assert not torch.equal(found.tokens[:, :8], found.tokens[:, 8:])
+    for prompts in (None, torch.arange(6)):
+        found = Pool(members=(member, member)).collect(context(make_world()), 6, prompts)
+        assert found.tokens.shape[-2] == 16
+        assert not torch.equal(found.tokens[:, :8], found.tokens[:, 8:])
 
 
 def test_reference_members_keep_their_own_samples():
@@ -211,14 +214,16 @@ def test_reference_members_keep_their_own_samples():
     assert torch.equal(source.collect(ctx, 6, found.row).tokens, found.tokens)  # drawn once
 
 
-def test_answers_to_a_prompt_are_new_in_each_round():
-    group = group_of(Pool(members=(CHOSEN, OnPolicy(samples_per_prompt=8))))
-    world, found = make_world(batch_size=6), []
-    for _ in range(2):
+@pytest.mark.parametrize("members", [(OnPolicy(samples_per_prompt=9),),
+                                     (CHOSEN, OnPolicy(samples_per_prompt=9))])  # fmt: skip
+def test_answers_to_a_prompt_are_new_in_each_round(members):
+    """Of the only prompt, alone and beside the data."""
+    group = group_of(Pool(members=members) if len(members) > 1 else members[0])
+    world, found = make_world(table=Table(rows=((0,),)), shape=(1, 5), batch_size=1), []
+    for _ in range(3):
         refill(group, world, 0)
-        s = group.round.samples
-        found.append(dict(zip(s.row.tolist(), arms(s), strict=True)))
-    assert found[0].keys() == found[1].keys() and found[0] != found[1]
+        found.append(tuple(arms(group.round.samples)[0][-9:]))
+    assert len(set(found)) == 3
 
 
 def test_passes_and_rounds_of_a_pool_are_its_fresh_members():
@@ -332,7 +337,8 @@ def test_ratios_of_a_round_are_to_the_policy_at_its_start():
     """So in the first update of each round policy and reference are one, later not."""
     row = row_of("on_policy_dpo", reference_update="round", passes=2)
     _, logged = tables.run(row, make_world(), 6)
-    assert [abs(m["kl"]) < 1e-15 for m in logged] == [True, False] * 3
+    assert [m["margin"] == 0 for m in logged] == [True, False] * 3
+    assert all(abs(m["kl"]) < 1e-15 for m in logged)  # at collection
 
 
 def test_the_reference_of_offline_data_moves_with_the_epoch():

@@ -76,7 +76,8 @@ def test_step_one_starts_at_the_reference(method, tiny_model, pairs_file, tmp_pa
     )
     first = run.metrics[0]
     assert first.get("log_ratio_chosen", 0) == 0 and first.get("log_ratio_rejected", 0) == 0
-    assert first.get("kl", 0) == 0
+    # at collection: the sampler's own log-probs, which differ from the trainer's by rounding
+    assert first.get("kl", 0) == pytest.approx(0, abs=1e-3)
     assert {"log_ratio_chosen", "kl"} & set(first) or method == "kto"
     if method in ("dpo", "on_policy_dpo", "ln_dpo", "half_and_half", "chosen_vs_own"):
         assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

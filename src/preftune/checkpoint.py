@@ -110,6 +110,8 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
     saved: dict[str, Any] = {
         "cursor": asdict(group.cursor),
         "queries": group.queries,
+        "trained_logp": group.trained_logp,
+        "sampler_gap": group.sampler_gap,
         "kept": sorted(group.kept),
         "round": None,
     }
@@ -134,6 +136,7 @@ def _restore_group(
     group: Group, saved: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]
 ) -> None:
     group.cursor, group.queries = Cursor(**saved["cursor"]), saved["queries"]
+    group.trained_logp, group.sampler_gap = saved["trained_logp"], saved["sampler_gap"]
     group.kept = {row: _get_samples(f"{prefix}/kept{row}", tensors) for row in saved["kept"]}
     group.states = [_under(f"{prefix}/labeller{i}/", tensors) for i in range(len(group.terms))]
     group.round = None

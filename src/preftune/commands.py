@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from preftune import huggingface, loading, meanings, methods, spec
+from preftune import building, huggingface, loading, meanings, methods, spec
 from preftune.config import Config
 from preftune.data import Renderer, Rows, check_end_token, inspect_rows, trivial_rules
 from preftune.errors import UserError
@@ -67,7 +67,7 @@ def method_row(name: str) -> dict[str, Any]:
 def model_of(config: Config, name: str) -> tuple[Transformer, Any]:
     """A model by name, and its tokenizer."""
     tokenizer = huggingface.load_tokenizer(name)
-    return loading.make_policy(
+    return building.make_policy(
         config.model_copy(update={"model": name}), None, tokenizer
     ), tokenizer
 
@@ -77,9 +77,9 @@ def prompts_of(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Row
     source = config.prompts or config.data
     if source is None:
         raise UserError("prompts: give --prompts a file or a Hub id.")
-    renderer = loading.make_renderer(config, tokenizer, policy)
+    renderer = building.make_renderer(config, tokenizer, policy)
     rows, _, _ = loading.load_rows(
-        source, config, renderer, want="prompts", context=loading.context_of(policy.model),
+        source, config, renderer, want="prompts", context=building.context_of(policy.model),
         reserve=config.max_new_tokens,
     )  # fmt: skip
     return rows, renderer
@@ -141,9 +141,9 @@ def inspect(
     if config.data is None:
         raise UserError("data: give --data a file or a Hub id.")
     policy, tokenizer = model_of(config, config.model)
-    renderer = loading.make_renderer(config, tokenizer, policy)
+    renderer = building.make_renderer(config, tokenizer, policy)
     rows, report, rejected = loading.load_rows(
-        config.data, config, renderer, want="any", context=loading.context_of(policy.model)
+        config.data, config, renderer, want="any", context=building.context_of(policy.model)
     )
     facts = inspect_rows(rows, renderer, report=report, count=count)
     facts["refused"] = len(rejected)
@@ -152,7 +152,7 @@ def inspect(
         scores = []
         for start in range(0, len(few), 8):
             part = few.samples(range(start, min(start + 8, len(few))))
-            logp = masked_sum(score_all(policy, part, loading.CPU_MICRO_BATCH_TOKENS), part.mask)
+            logp = masked_sum(score_all(policy, part, building.CPU_MICRO_BATCH_TOKENS), part.mask)
             scores += [(float(c), float(r)) for c, r in logp]
             tick(len(scores), len(few))
         rules = trivial_rules(few, reference_scores=scores)

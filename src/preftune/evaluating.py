@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preftune import held_out, judging, loading, rewards
+from preftune import building, held_out, judges, judging, loading, rewards
 from preftune.commands import model_of, prompts_of
 from preftune.config import Config
 from preftune.data import Renderer, Rows
@@ -40,7 +40,7 @@ class _Job:
     @property
     def budget(self) -> int:
         """Tokens in one forward pass."""
-        return self.config.micro_batch_tokens or loading.CPU_MICRO_BATCH_TOKENS
+        return self.config.micro_batch_tokens or building.CPU_MICRO_BATCH_TOKENS
 
     def answers(
         self,
@@ -51,16 +51,16 @@ class _Job:
         prompts: int | None = None,
     ) -> Answers:
         """Judged answers of one policy."""
-        judges = {
-            r.name: loading.judge_of(r, self.rows, self.renderer)
+        named = {
+            r.name: judges.judge_of(r, self.rows, self.renderer)
             for r in (self.reward, self.gold)
             if r is not None
         }
         return answer(
-            of, away_from, self.rows, judges, seed=self.config.seed, num_prompts=prompts,
+            of, away_from, self.rows, named, seed=self.config.seed, num_prompts=prompts,
             samples_per_prompt=samples or self.config.samples_per_prompt or 1,
             micro_batch_tokens=self.budget, log_ratio=away_from is not None,
-            own=loading.decoding_of(self.config).unmodified, progress=self.tick(stage),
+            own=building.decoding_of(self.config).unmodified, progress=self.tick(stage),
         )  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def evaluate(
 
 def _load(config: Config, tick: Tick) -> _Job:
     """The models, prompts and rewards."""
-    reward = loading.make_reward(config.reward, config.reward_weights)
-    gold = loading.make_reward(config.gold, None)
+    reward = judges.make_reward(config.reward, config.reward_weights)
+    gold = judges.make_reward(config.gold, None)
     run = _run_of(config)
     reference_name = config.reference or run.get("reference") or run.get("model")
     policy, tokenizer = model_of(config, config.model)
@@ -114,14 +114,14 @@ def _load(config: Config, tick: Tick) -> _Job:
     reference = None
     notes = []
     if reference_name is not None:
-        reference = loading.make_reference(
+        reference = building.make_reference(
             config.model_copy(update={"reference": reference_name}), policy
         )
         notes.append(f"reference: {reference_name}")
     else:
         notes.append("no reference given: no KL, no win rate, no best-of-n")
     if rewards.is_open(reward) or rewards.is_open(gold):
-        target = loading.measured_mode(reference or policy, rows)
+        target = judges.measured_mode(reference or policy, rows)
         reward, gold = (r and rewards.aimed(r, target) for r in (reward, gold))
     if reward is not None and run.get("reward") in (reward.name, config.reward):
         notes.append(
@@ -148,7 +148,7 @@ def _pairs_of(
     if config.data is None:
         return None
     rows, _, _ = loading.load_rows(
-        config.data, config, renderer, want="any", context=loading.context_of(policy.model)
+        config.data, config, renderer, want="any", context=building.context_of(policy.model)
     )
     if rows.kind != "pairs":
         notes.append(f"no figures of pairs: data holds {rows.kind}")
@@ -218,7 +218,7 @@ def _retention(job: _Job, texts: list[str] | None) -> None:
     if texts is None:
         return
     config = job.config
-    context = loading.context_of(job.policy.model)
+    context = building.context_of(job.policy.model)
     size = min(config.max_length or loading.DEFAULT_MAX_LENGTH, context or 10**9)
     job.found |= retention(
         job.policy, job.reference, windows(texts, job.tokenizer, size), job.budget,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from preftune import judging, loading, rewards
+from preftune import building, judges, judging, loading, rewards
 from preftune.data import Renderer, Rows
 from preftune.evaluate import Answers, answer, best_of_n, figures, forward_kl, win_figures
 from preftune.figures import Figures, displacement, interval
@@ -41,12 +41,12 @@ def held_out_answers(
     }
     # a policy trained behind controls is asked for good; the reference never saw them
     conditioned = policy is parts.model and policy.controls is not None
-    asked = loading.Asked(parts.held_out, policy) if conditioned else parts.held_out
+    asked = building.Asked(parts.held_out, policy) if conditioned else parts.held_out
     return answer(
         policy, parts.reference, asked, named, samples_per_prompt=per_prompt,
         seed=parts.config.seed, micro_batch_tokens=parts.micro_batch_tokens,
         num_prompts=num_prompts, log_ratio=log_ratio,
-        own=loading.decoding_of(parts.config).unmodified, progress=progress,
+        own=building.decoding_of(parts.config).unmodified, progress=progress,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def judge_figures(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Figures:
     """Win rate by a judge against another policy's answers to the same prompts."""
-    mine, other = (loading.judged(a.samples, rows, renderer) for a in (answers, against))
+    mine, other = (judges.judged(a.samples, rows, renderer) for a in (answers, against))
     said = judging.compare(server, mine.prompts, mine.completions, other.completions, progress)
     won, malformed = (
         torch.tensor(x, dtype=torch.float64).view(answers.samples.finished.shape)
@@ -113,7 +113,7 @@ def spread_figures(
     """How far the members of an ensemble disagree on the answers."""
     if not isinstance(reward, rewards.Ensemble):
         return {}
-    spread = torch.tensor(reward.spread(loading.judged(answers.samples, rows, renderer)))
+    spread = torch.tensor(reward.spread(judges.judged(answers.samples, rows, renderer)))
     return {"reward_spread": interval(spread.view(answers.samples.finished.shape), seed)}
 
 
@@ -154,7 +154,7 @@ def evaluator(
 
 def pieces_of(parts: Parts, source: str) -> list[list[int]]:
     """A run's plain text as token ids."""
-    size = loading.context_of(parts.policy.model) or loading.DEFAULT_MAX_LENGTH
+    size = building.context_of(parts.policy.model) or loading.DEFAULT_MAX_LENGTH
     size = min(size, parts.config.max_length or loading.DEFAULT_MAX_LENGTH)
     return windows(plain_text(source), parts.tokenizer, size)
 

@@ -31,6 +31,6 @@ def adapt(state: State, kl: Float[Tensor, "*R"], target: float) -> State:
     zero = torch.zeros(kl.shape, dtype=torch.float64)
     error = ((kl.double() - target) / target).clamp(-1.0, 1.0)
     # on the long climb from KL 0 the integral hardly moves: it would wind up and overshoot
-    gain = torch.where(error < -0.5, CLIMB * GAIN, GAIN)
+    gain = torch.full_like(error, GAIN).masked_fill(error < -0.5, CLIMB * GAIN)
     integral = (state.get(INTEGRAL, zero) + gain * error).clamp(-MOST, MOST)
     return state | {INTEGRAL: integral, KL_SCALE: (integral + PROPORTION * error).exp()}

@@ -7,7 +7,7 @@ It knows no method by name: what a row does is in its terms.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def gradient(
-    groups: Iterable[Group], world: World, version: int, given: Samples | None = None
+    groups: Sequence[Group], world: World, version: int, given: Samples | None = None
 ) -> tuple[Tensor | None, Metrics]:
     """Accumulate one update's gradient in the policy's parameters.
 
@@ -99,9 +99,10 @@ def gradient(
     """
     total, found = torch.zeros(world.policy.batch_shape, dtype=torch.float64), False
     measures = Measures()
-    for group in groups:
+    for group in sorted(groups, key=lambda g: not g.leads):  # it brings the reference along
         if group.round is None or group.round.spent:
             refill(group, world, version, given)
+    for group in groups:
         samples, labelled = next_minibatch(group)
         measures.minibatch(group, samples, labelled, version)
         samples, labelled = narrow(samples, labelled)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune.labellers.base import KL_SCALE
+from preftune.labellers.base import KL_SCALE, log_ratio
 from preftune.numerics import masked_sum
 from preftune.rounds import Group
 from preftune.samples import Batch, Samples
@@ -33,7 +33,7 @@ DOCUMENTED = {
     "score_chosen": "mean score of chosen responses (the row that trains a reward model)",
     "score_rejected": "the same of rejected responses",
     "logp": "mean log-prob of the trained responses, nats (rows without pairs)",
-    "kl": "mean log(policy / reference) of the minibatch's fresh samples: a sampled KL, nats",
+    "kl": "mean log(policy / reference) of the minibatch's fresh samples at collection, nats",
     "reward": "mean reward of the minibatch's sampled responses",
     "length": "mean response tokens of the minibatch's sampled responses, end token included",
     "no_end": "share of sampled responses that were cut before an end token",
@@ -98,6 +98,11 @@ class Measures:
             self.add("length", samples.lengths(), fresh)
             self.add("no_end", ~samples.finished, fresh)
             self.add("staleness", version - samples.origin, fresh)
+            if group.trained_logp and samples.ref_logp is not None:
+                # of all samples: those that a labeller picks by their reward give no KL
+                self.add("kl", log_ratio(samples), fresh)
+            if group.sampler_gap is not None and self._sum["staleness"] == 0:
+                self._plain["sampler_gap"] = group.sampler_gap
         ratios = [t.max_ratio for t in group.terms if t.max_ratio is not None]
         self._skip_above = min(
             [*ratios, *([self._skip_above] if self._skip_above else [])], default=None
@@ -109,13 +114,13 @@ class Measures:
             return
         fresh = samples.origin >= 0
         total = masked_sum(now["logp"].detach(), samples.mask)
-        if samples.ref_logp is not None:
-            self.add("kl", total - masked_sum(samples.ref_logp.to(total), samples.mask), fresh)
         if samples.logp is None:
             return
         moved = torch.where(samples.mask, now["logp"].detach() - samples.logp.to(total), 0.0)
-        if self._sum["staleness"] == 0:
+        if self._sum["staleness"] == 0 and group.sampler_gap is None:
             self.add("sampler_gap", moved.sum(-1).abs(), fresh)
+        if not group.trained_logp:
+            return
         self._all["moved"].append(moved.sum(-1)[fresh])
         self._all["token_moved"].append(moved[samples.mask & fresh.unsqueeze(-1)])
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from preftune import huggingface, judging, likelihoods, loading, loop, rewards, spec
+from preftune import (
+    building,
+    huggingface,
+    judges,
+    judging,
+    likelihoods,
+    loading,
+    loop,
+    rewards,
+    spec,
+)
 from preftune.config import Config
 from preftune.data import Rejected, Renderer, Report, Rows, write_rejected
 from preftune.errors import BadRows, UserError
@@ -52,7 +62,7 @@ class Parts:
         """A reward of samples that answer `rows`, or None."""
         if reward is None or rows is None or self.renderer is None:
             return None
-        return loading.judge_of(reward, rows, self.renderer)
+        return judges.judge_of(reward, rows, self.renderer)
 
 
 def prepare(
@@ -73,11 +83,11 @@ def prepare(
     Raises:
         UserError: the first thing that is wrong, with its cure.
     """
-    method = loading.method_of(config, overrides)
+    method = building.method_of(config, overrides)
     if config.threads:
         torch.set_num_threads(config.threads)
-    made_reward = loading.make_reward(reward or config.reward, config.reward_weights)
-    gold = loading.make_reward(config.gold, None)
+    made_reward = judges.make_reward(reward or config.reward, config.reward_weights)
+    gold = judges.make_reward(config.gold, None)
     data = config.data if data is None else data
     if trains:
         _check_needs(config, method, made_reward, data)
@@ -85,11 +95,11 @@ def prepare(
     output = Path(config.output or f"runs/{method.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if tokenizer is None and (data is not None or config.prompts or model is None):
         tokenizer = huggingface.load_tokenizer(_tokenizer_name(config, model))
-    trained = loading.make_model(config, model, tokenizer, method)
+    trained = building.make_model(config, model, tokenizer, method)
     renderer = None
     if tokenizer is not None:
         _check_vocabulary(tokenizer, trained.model)
-        renderer = loading.make_renderer(config, tokenizer, trained)
+        renderer = building.make_renderer(config, tokenizer, trained)
     parts = Parts(
         config=config, method=method, output=output, model=trained, reference=None,
         tokenizer=tokenizer, renderer=renderer, data=None, prompts=None,
@@ -100,9 +110,9 @@ def prepare(
     _load_reference(parts)
     if trains and parts.renderer is not None:
         for judge in (parts.reward, parts.gold):
-            loading.try_reward(judge, parts.prompts, parts.renderer)
+            judges.try_reward(judge, parts.prompts, parts.renderer)
     if parts.micro_batch_tokens is None and trained.device.type == "cpu":
-        parts.micro_batch_tokens = loading.CPU_MICRO_BATCH_TOKENS
+        parts.micro_batch_tokens = building.CPU_MICRO_BATCH_TOKENS
     if trained.autocast is not None and config.dtype == "auto":
         parts.notes.append(
             f"compute in {trained.autocast} over float32 weights: faster on this machine"
@@ -161,7 +171,7 @@ def _load_data(parts: Parts, data: Any, trains: bool) -> None:
     draws = any(t.source.draws or t.source.on_policy for t in parts.method.terms)
     reserve = config.max_new_tokens if draws else 0
     if parts.renderer is not None:  # room for the control behind a prompt
-        controls = loading.controls_of(parts.method, parts.renderer.tokenizer)
+        controls = building.controls_of(parts.method, parts.renderer.tokenizer)
         reserve += max(map(len, controls), default=0) if controls else 0
     rejected: list[Rejected] = []
     try:
@@ -169,8 +179,9 @@ def _load_data(parts: Parts, data: Any, trains: bool) -> None:
             want = loading.want_of(parts.method)
             parts.data, report = _load_rows(parts, data, want, reserve, rejected)
             parts.notes.append(loading.describe(parts.data, report, len(rejected)))
-            parts.method = loading.fitted(parts.method, parts.data)
-            scored = loading.has_scores(parts.data)
+            parts.notes += loading.unused(parts.method, parts.data)
+            scored = parts.reward is None and loading.has_scores(parts.data)
+            parts.method = loading.fitted(parts.method, parts.data, scored=scored)
             if trains and "reward" in parts.method.needs and not (parts.reward or scored):
                 raise _no_reward(parts.method)
         if config.prompts is not None:
@@ -195,7 +206,7 @@ def _load_rows(
 ) -> tuple[Rows, Report]:
     """Rows of one source; what it refuses is added to `rejected`."""
     assert parts.renderer is not None, "a tokenizer is loaded where there is data"
-    context = loading.context_of(parts.model.model)
+    context = building.context_of(parts.model.model)
     rows, report, refused = loading.load_rows(
         source, parts.config, parts.renderer, want=want, context=context, reserve=reserve
     )
@@ -237,24 +248,12 @@ def _hold_out(parts: Parts) -> None:
         raise UserError(
             f"eval_fraction: {config.eval_fraction} of {len(rows)} rows leaves none to train on."
         )
-    # whole prompts: a prompt that is trained on tells about its other rows
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for i, ids in enumerate(rows.prompts):
-        by_prompt.setdefault(tuple(ids), []).append(i)
-    groups = list(by_prompt.values())
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(config.seed))
-    held: list[int] = []
-    for place in order.tolist():
-        if len(held) >= count or len(held) + len(groups[place]) == len(rows):
-            break
-        held.extend(groups[place])
+    kept, held = loading.split_off(rows, count, config.seed)
     if not held:
         parts.notes.append("no held-out prompts: every row has the same prompt; give eval_data")
         return
-    kept = sorted(set(range(len(rows))) - set(held))
     parts.data, parts.held_out = rows.select(kept), rows.select(held)
-    count = len(held)
-    parts.notes.append(f"{count} rows held out for evaluation")
+    parts.notes.append(f"{len(held)} rows held out for evaluation")
 
 
 def _load_reference(parts: Parts) -> None:
@@ -265,9 +264,9 @@ def _load_reference(parts: Parts) -> None:
     if _scores(parts):
         return
     if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
-        parts.reference = loading.make_reference(parts.config, parts.policy)
+        parts.reference = building.make_reference(parts.config, parts.policy)
     if open_mode and parts.prompts is not None and parts.reference is not None:
-        target = loading.measured_mode(parts.reference, parts.prompts)
+        target = judges.measured_mode(parts.reference, parts.prompts)
         parts.reward = parts.reward and rewards.aimed(parts.reward, target)
         parts.gold = parts.gold and rewards.aimed(parts.gold, target)
         parts.notes.append(f"length:mode aims at the reference's most common length: {target}")
@@ -311,7 +310,7 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
     hidden = {*SETTINGS, "resume", "output", "method", "terms", "reward", "label_source"}
     flat = parts.config.model_dump(exclude=hidden, exclude_none=True)
     reward = parts.reward.name if isinstance(parts.reward, rewards.Length) else parts.config.reward
-    told = loading.label_source(parts.reward, parts.config.data)
+    told = judges.label_source(parts.reward, parts.config.data)
     judged_by = parts.config.label_source or told
     return {
         "method": parts.method.name,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from preftune.collecting import Context, Cursor, Data, Source
-from preftune.kl_control import adapt
+from preftune.kl_control import INTEGRAL, adapt
 from preftune.labellers import State
-from preftune.labellers.base import KL_SCALE, log_ratio
+from preftune.labellers.base import KL_SCALE, SEED, log_ratio
 from preftune.method import Method
-from preftune.numerics import permutation, stream_key
+from preftune.numerics import masked_sum, permutation, stream_key
 from preftune.policies.base import Policy, Trainable
 from preftune.policies.scoring import outputs_all, score_all
 from preftune.samples import Batch, Samples
@@ -81,6 +81,17 @@ class Group:
     """The reference follows the policy at its rounds (reference_update: round)."""
     queries: int = 0
     """Responses that the reward was asked about, a run."""
+    sampler_gap: float | None = None
+    """Mean |log-prob by sampler - by trainer| of a response, where the round has both."""
+
+    trained_logp: bool = False
+    """Log-probs at collection are the trainer's, not those of an inexact sampler."""
+
+    @property
+    def shows_logp(self) -> bool:
+        """The KL of its fresh samples and ratios to their policy are figures of its updates."""
+        many = self.source.passes > 1 or self.source.prompts_per_round is not None
+        return self.source.on_policy and (many or "ref_logp" in self.needs)
 
     @property
     def steered(self) -> bool:
@@ -141,12 +152,17 @@ def group_terms(method: Method) -> list[Group]:
 def _score(samples: Samples, group: Group, world: World) -> Samples:
     """Fill in what the row declares that it needs, once for the round."""
     budget, needs = world.micro_batch_tokens, group.needs
-    exact = getattr(world.policy, "exact_sampler", False)
+    exact = samples.logp is not None and getattr(world.policy, "exact_sampler", False)
     own = {"value"} if "value" in needs and samples.value is None else set()
-    if "logp" in needs and (samples.logp is None or not exact):
+    if not exact and ("logp" in needs or group.shows_logp):
         own |= {"logp"}
+    drawn = samples.logp
     if own:
         samples = replace(samples, **outputs_all(world.policy, samples, budget, frozenset(own)))
+    if drawn is not None and "logp" in own and samples.logp is not None:
+        gap = masked_sum(drawn - samples.logp, samples.mask).abs()
+        group.sampler_gap = float(gap.double().mean())
+    group.trained_logp = exact or "logp" in own
     if "ref_logp" in needs and samples.ref_logp is None:
         assert world.reference is not None, "the row needs a reference policy"
         samples = replace(samples, ref_logp=score_all(world.reference, samples, budget))
@@ -159,8 +175,9 @@ def _score(samples: Samples, group: Group, world: World) -> Samples:
 
 
 def _steer(group: Group, samples: Samples) -> None:
-    """Move the coefficients of the group's KL towards the budget, by this round's KL."""
-    kl = log_ratio(samples).mean((-2, -1))
+    """Move the coefficients of the group's KL towards the budget, by the KL of fresh samples."""
+    fresh = samples.origin >= 0  # a pool also holds others
+    kl = torch.where(fresh, log_ratio(samples), 0.0).sum((-2, -1)) / fresh.sum((-2, -1))
     for i, term in enumerate(group.terms):
         if term.kl_coefficient:
             assert group.target_kl is not None, "steered groups have a budget"
@@ -198,10 +215,12 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
     labelled: list[Batch] = []
     for i, term in enumerate(group.terms):
         twin = next((j for j in range(i) if group.terms[j].labeller == term.labeller), None)
+        own = {SEED: torch.tensor(world.seed), **group.states[i]}
         if twin is None:
-            batch, group.states[i] = term.labeller(samples, group.states[i])
-        else:
-            batch, group.states[i] = labelled[twin], group.states[twin]
+            batch, group.states[i] = term.labeller(samples, own)
+        else:  # what steers a term stays its own
+            steering = {k: v for k, v in own.items() if k in (KL_SCALE, INTEGRAL)}
+            batch, group.states[i] = labelled[twin], {**group.states[twin], **steering}
         labelled.append(batch)
 
     num_prompts = samples.row.shape[-1]

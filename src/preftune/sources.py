@@ -28,10 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Offline:
-    """The data set, epoch by epoch. Its round is one minibatch; the last of an epoch is short.
-
-    Where the data score both responses (score_chosen, score_rejected), these are their rewards.
-    """
+    """The data set, epoch by epoch. Its round is one minibatch; the last of an epoch is short."""
 
     take: Literal["all", "chosen", "conditioned", "mismatched"] = "all"
     """all: every response of a row.
@@ -40,6 +37,9 @@ class Offline:
     mismatched: all, and the first response of the next row, which is scored and not trained."""
     responses: int = 2
     """Of a row of the data: 2 of a pair, 1 of a completion (told from the data at the start)."""
+    scored: bool = False
+    """Rewards are the data's own scores, score_chosen and score_rejected (told at the start: where
+    the data have them and no reward is given)."""
     on_policy = False
     draws = False
     passes = 1
@@ -66,7 +66,8 @@ class Offline:
         n = max(1, n // self.prompts_per_row)
         rows = ctx.next_rows(n, stream_key("Offline"), wrap=False) if prompts is None else prompts
         out = ctx.rows.samples(rows, responses=[0] if self.take == "chosen" else None)
-        out = replace(out, origin=torch.full_like(out.origin, DATA), reward=_scored(out))
+        reward = _scores(out) if self.scored else None
+        out = replace(out, origin=torch.full_like(out.origin, DATA), reward=reward)
         if self.take == "mismatched":
             other = ctx.rows.samples((rows + 1) % len(ctx.rows), responses=[0])
             return replace(beside([out, replace(other, reward=None)]), extra=out.extra)
@@ -81,12 +82,12 @@ def good(samples: Samples) -> Bool[Tensor, "*R N K"]:
     return (torch.arange(num_responses) == 0).expand(samples.finished.shape)
 
 
-def _scored(samples: Samples) -> Tensor | None:
-    """The data's own scores of a pair as rewards, where they are complete."""
+def _scores(samples: Samples) -> Tensor:
+    """The data's own scores of a pair."""
     columns = [samples.extra.get(name) for name in ("score_chosen", "score_rejected")]
-    if samples.tokens.shape[-2] != 2 or any(c is None or c.isnan().any() for c in columns):
-        return None
-    return torch.stack([c for c in columns if c is not None], -1)
+    assert all(c is not None and not c.isnan().any() for c in columns), "a row has no score"
+    both = torch.stack([c for c in columns if c is not None], -1)
+    return both[..., : samples.tokens.shape[-2]]
 
 
 def _conditioned(samples: Samples, policy: Policy) -> Samples:
@@ -136,14 +137,18 @@ class Reference:
         assert ctx.reference is not None, "the reference source needs the reference policy"
         key = ctx.key(self)
         rows = ctx.next_rows(n, key, wrap=False) if prompts is None else prompts
-        fresh = torch.tensor([int(r) for r in rows if int(r) not in ctx.kept], dtype=torch.long)
+        keys = [ctx.place << 40 | int(r) for r in rows]  # members of a pool keep their own
+        fresh = torch.tensor(
+            [r for r, k in zip(rows.tolist(), keys, strict=True) if k not in ctx.kept]
+        )
         if len(fresh):
             drawn = _draw(
                 ctx.reference, ctx.rows, fresh, self.samples_per_prompt, key, fresh, REFERENCE
             )
-            for i, row in enumerate(fresh):
-                ctx.kept[int(row)] = drawn.take(torch.tensor([i]))
-        return join([ctx.kept[int(r)] for r in rows])
+            drawn = replace(drawn, logp=None)  # the reference's, not the policy's
+            for i, row in enumerate(fresh.tolist()):
+                ctx.kept[ctx.place << 40 | row] = drawn.take(torch.tensor([i]))
+        return join([ctx.kept[k] for k in keys])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +238,9 @@ class Pool:
         parts: list[Samples] = []
         for place, member in enumerate(self.members):
             parts.append(member.collect(replace(ctx, place=place), n, prompts))
-            prompts = parts[0].row if prompts is None else prompts
-        return replace(beside(parts), row=prompts)
+            if prompts is None:  # the same rows in every run of a study
+                prompts = parts[0].row.flatten(0, -2)[0] if parts[0].row.ndim > 1 else parts[0].row
+        return beside(parts)
 
 
 def _draw(
@@ -253,4 +259,5 @@ def _draw(
         return uniform(key, t, (counters[:, None] * num_responses + response).expand(shape))
 
     prompt, prompt_mask = data.prompts_only(rows)
-    return replace(policy.sample(prompt, prompt_mask, num_responses, stream, origin), row=rows)
+    drawn = policy.sample(prompt, prompt_mask, num_responses, stream, origin)
+    return replace(drawn, row=rows.expand(*policy.batch_shape, len(rows)))

@@ -12,11 +12,10 @@
 
 import importlib
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -25,6 +24,7 @@ from preftune.errors import UserError, nearest
 from preftune.method import Method, resolve
 from preftune.samples import Samples
 from preftune.terms import Term, loss_sum
+from preftune.values import checked, kinds_of, plain
 
 SOURCES: dict[str, Any] = {
     "offline": sources.Offline,
@@ -46,17 +46,6 @@ LABELLERS: dict[str, Any] = {
     "unlabelled": labellers.Unlabelled,
     "member": labellers.Member,
 }
-_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("samples_per_prompt", "prompts_per_round", "passes"), "1 or more", lambda x: x >= 1),
-    (
-        ("beta", "tau", "clip", "max_weight", "limit", "max_ratio", "target_kl"),
-        "above 0",
-        lambda x: x > 0,
-    ),
-    (("kl", "threshold", "no_end_penalty", "mix_scale", "place"), "0 or more", lambda x: x >= 0),
-    (("gamma", "lam"), "0 to 1", lambda x: 0 <= x <= 1),
-    (("label_smoothing",), "at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
-)
 _PLAIN = ("weight", "share", "level", "unit", "max_ratio")
 _KEYS = ("source", "labeller", "objective", "settings", *_PLAIN)
 ROW_KEYS = ("name", "terms", "reference_update", "target_kl")
@@ -111,9 +100,9 @@ def from_row(data: Mapping[str, Any]) -> Method:
             raise UserError(
                 f"method.{key}: a row has {', '.join(ROW_KEYS)}.{nearest(str(key), ROW_KEYS)}"
             )
-    kinds = _kinds(Method)
+    kinds = kinds_of(Method)
     row = from_data(str(data.get("name", "custom")), data.get("terms"))
-    more = {k: _value(f"method.{k}", v, kinds[k]) for k, v in data.items() if k in ROW_KEYS[2:]}
+    more = {k: checked(f"method.{k}", v, kinds[k]) for k, v in data.items() if k in ROW_KEYS[2:]}
     return replace(row, **more)
 
 
@@ -129,7 +118,7 @@ def _term(where: str, data: Any) -> Term:
     known = {n: getattr(objectives, n) for n in objectives.__all__}
     kinds = get_type_hints(Term)
     rest: dict[str, Any] = {
-        k: _value(f"{where}.{k}", data[k], float if k in ("weight", "share") else kinds[k])
+        k: checked(f"{where}.{k}", data[k], float if k in ("weight", "share") else kinds[k])
         for k in _PLAIN
         if k in data
     }
@@ -140,7 +129,7 @@ def _term(where: str, data: Any) -> Term:
         source=_build(f"{where}.source", data["source"], SOURCES),
         labeller=_build(f"{where}.labeller", data["labeller"], LABELLERS),
         objective=_find(f"{where}.objective", data["objective"], known),
-        settings={k: _plain(v) for k, v in settings.items()},
+        settings={k: plain(v) for k, v in settings.items()},
         **rest,
     )
     check_term(where, term)
@@ -167,12 +156,17 @@ def check_term(where: str, term: Term) -> None:
             )
         parameter = term.parameters[key]
         if value != parameter.default and "float" in str(parameter.annotation):
-            _value(f"{where}.settings.{key}", value, float)
+            checked(f"{where}.settings.{key}", value, float)
     labeller = _name(type(term.labeller), LABELLERS)
     if term.labeller.given and not term.source.reads:
         raise UserError(
             f"{where}.labeller: {labeller} reads the data's own responses, which this source draws "
             "instead. Use best_worst or best, or the source offline."
+        )
+    if getattr(term.labeller, "ties", "drop") == "keep" and not term.takes("label_smoothing"):
+        raise UserError(
+            f"{where}.labeller.ties: a tie is kept as half a preference (label_smoothing), which "
+            f"{objective} does not take. Give ties: drop."
         )
     if term.level != "token" and {"value", "value_old"} & set(term.parameters):
         raise UserError(
@@ -224,7 +218,7 @@ def _rehearse(where: str, term: Term, objective: str, labeller: str) -> None:
 
 def _check_part(where: str, part: Any) -> None:
     """Every field of a source or labeller, and of the parts inside it."""
-    for name, kind in _kinds(type(part)).items():
+    for name, kind in kinds_of(type(part)).items():
         value = getattr(part, name)
         if isinstance(value, tuple) and value and is_dataclass(value[0]):
             for i, member in enumerate(value):
@@ -232,48 +226,7 @@ def _check_part(where: str, part: Any) -> None:
         elif is_dataclass(value):
             _check_part(f"{where}.{name}", value)
         else:
-            _value(f"{where}.{name}", value, kind)
-
-
-def _kinds(part: Any) -> dict[str, Any]:
-    """The fields of a source or labeller, with their types."""
-    hints = get_type_hints(part)
-    return {f.name: hints[f.name] for f in fields(part)}
-
-
-def _plain(value: Any) -> Any:
-    """YAML reads 1e-3 as text; here it is a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _value(where: str, value: Any, kind: Any) -> Any:
-    """A value of a field, checked against its type and the range that its name stands for."""
-    choices = get_args(kind)
-    if get_origin(kind) is Literal:
-        if value not in choices:
-            hint = nearest(str(value), map(str, choices))
-            raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, choices))}.{hint}")
-        return value
-    if type(None) in choices and value is None:
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(x) for x in value)
-    whole = int in (kind, *choices)
-    if not whole and float not in (kind, *choices):
-        return value
-    number = _plain(value)
-    good = not isinstance(number, bool) and isinstance(number, (int, float))
-    if not good or not math.isfinite(number) or (whole and number != int(number)):
-        kind_of = "whole number" if whole else "number"
-        raise UserError(f"{where}: must be a {kind_of}, not {value!r}.")
-    name = where.rpartition(".")[2]
-    for names, rule, holds in _RANGES:
-        if name in names and not holds(number):
-            raise UserError(f"{where}: must be {rule}, not {value!r}.")
-    return int(number) if whole else float(number)
+            checked(f"{where}.{name}", value, kind)
 
 
 def _build(where: str, data: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
@@ -285,7 +238,7 @@ def _build(where: str, data: Any, known: Mapping[str, Callable[..., Any]]) -> An
     kind = _find(where, name, known)
     if not isinstance(kind, type) or not is_dataclass(kind):
         raise UserError(f"{where}: '{name}' is no dataclass that could serve here.")
-    kinds = _kinds(kind)
+    kinds = kinds_of(kind)
     for key in values:
         if key not in kinds:
             hint = nearest(str(key), kinds)
@@ -306,7 +259,7 @@ def _field(where: str, data: Any, kind: Any) -> Any:
     if is_dataclass(kind):
         values = data if isinstance(data, Mapping) else {}
         return _build(where, {"name": "it", **values}, {"it": kind})  # type: ignore[dict-item]
-    return _value(where, data, kind)
+    return checked(where, data, kind)
 
 
 def _find(where: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:

@@ -150,6 +150,9 @@ def bind(term: Term, samples: Samples, batch: Batch, now: Mapping[str, Tensor]) 
             arguments[name] = wide(x)
         elif name in batch.data:
             arguments[name] = wide(batch.data[name])
+            if term.takes(name):  # where the data say nothing (NaN), the setting holds
+                own = term.settings.get(name, parameter.default)
+                arguments[name] = torch.where(arguments[name].isnan(), own, arguments[name])
         elif name in term.settings:
             arguments[name] = term.settings[name]
         elif parameter.default is parameter.empty:

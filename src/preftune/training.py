@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune import checkpoint, held_out, huggingface, loading, loop, reward_evaluation
+from preftune import building, checkpoint, held_out, huggingface, loop, reward_evaluation
 from preftune import config as configs
 from preftune.config import Config
 from preftune.errors import UserError
@@ -244,7 +244,7 @@ def _save_model(parts: Parts, folder: RunFolder) -> None:
     else:
         tokenizer = parts.tokenizer
         if parts.model.controls is not None:
-            tokenizer = loading.asking_for_good(tokenizer)
+            tokenizer = building.asking_for_good(tokenizer)
         huggingface.save_model(parts.model.model, tokenizer, work)
     shutil.rmtree(folder.path / "model", ignore_errors=True)
     work.rename(folder.path / "model")

@@ -19,7 +19,7 @@ from preftune.method import Method
 from preftune.rounds import group_terms, refill
 from preftune.samples import Batch
 from preftune.sources import Offline
-from preftune.terms import loss_sum
+from preftune.terms import bind, loss_sum
 from tables import Table, f64, scored
 
 NAN = math.nan
@@ -125,12 +125,15 @@ def test_a_given_preference_is_first_over_second():
     assert batch.keep is None and batch.data == {}
 
 
-def test_soft_labels_become_label_smoothing():
-    """Certain to 0.9 that the chosen is better: 0.1 of the loss the other way; none: certain."""
-    batch = label(
-        GivenPreference(), reward=[[0.0, 0.0]] * 3, extra={"probability": [0.9, 0.5, NAN]}
-    )
-    torch.testing.assert_close(batch.data["label_smoothing"], f64([[0.1], [0.5], [0.0]]))
+@pytest.mark.parametrize("own", [0.0, 0.2])
+def test_soft_labels_become_label_smoothing(own):
+    """Certain to 0.9 that the chosen is better: 0.1 of the loss the other way. A row that does not
+    say has the objective's own."""
+    term = tables.row_of("cdpo", label_smoothing=own).terms[0]
+    samples = scored(ref_logp=[[0.0, 0.0]] * 3, extra={"probability": [0.9, 0.5, NAN]})
+    batch, _ = GivenPreference()(samples, {})
+    bound = bind(term, samples, batch, {"logp": torch.zeros(3, 2, 1, dtype=torch.float64)})
+    torch.testing.assert_close(bound["label_smoothing"], f64([[0.1], [0.5], [own]]))
 
 
 def test_a_margin_of_the_data_goes_to_the_objective_unless_declined():

@@ -155,6 +155,21 @@ def test_the_kl_term_has_the_value_and_gradient_of_the_kl(baseline, k):
     assert value == pytest.approx(kl, abs=1e-12)
 
 
+@pytest.mark.parametrize("drawn", [(0, 1), (2, 2), (1, 2)])
+def test_the_kl_term_on_one_pair_of_samples(drawn):
+    """Each weighs by its log-ratio less the other's: mean of (l_j - l_i) (e_j - p) by hand. A wrong
+    sign of the baseline would not show in the mean over all pairs."""
+    world = make()
+    p = world.policy.logits.detach().softmax(-1)[0].tolist()
+    h = (world.policy.logits.log_softmax(-1) - world.reference.logits.log_softmax(-1))[0].tolist()
+    loop.gradient(group_terms(one(Unlabelled(), o.reverse_kl, 2)), world, 0, round_of(drawn, 1, 2))
+    by_hand = [0.0] * ARMS
+    for own, other in (drawn, drawn[::-1]):
+        for arm in range(ARMS):
+            by_hand[arm] += (h[own] - h[other]) * ((arm == own) - p[arm]) / 2
+    close(world.policy.logits.grad, f64([by_hand]))
+
+
 def test_k2_as_a_loss_has_that_gradient_and_k1_has_none():
     """k1 reports the KL and does nothing about it; k3 has the gradient of the forward KL."""
     world = make()

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from preftune import objectives as o
 from preftune.labellers import Advantage, RewardWeights, Shaping
 from preftune.labellers.base import KL_SCALE
+from preftune.sources import OnPolicy
+from preftune.terms import Term, count, loss_sum
 from tables import f64, scored
 
 ROUNDS = (
@@ -177,6 +180,28 @@ def test_whitening_of_a_value_baseline_is_over_real_tokens():
         a, b, c = whitened(np.array([1.5, 2.0, 4.0]))
         np.testing.assert_allclose(data["advantage"].flatten(), [a, 0.0, b, c], rtol=0, atol=1e-9)
         assert torch.equal(data["target"], raw["target"])  # targets stay in the unit of the reward
+
+
+@pytest.mark.parametrize(
+    ("unit", "level", "expected"),
+    [
+        # token log-probs (1), (2, 3, 4) | (5, 6), (7); advantages 1, 10 | 100, 1000
+        ("sequence", "token", ((1 + 90) / 2 + (1100 + 7000) / 2) / 2),
+        ("token", "token", (1 + 90 + 1100 + 7000) / 7),
+        ("sequence", "sequence", ((1 + 90) / 2 + (1100 + 7000) / 2) / 2),
+        ("token", "sequence", (1 + 90 + 1100 + 7000) / 7),
+        ("sequence", "mean", ((1 + 30) / 2 + (550 + 7000) / 2) / 2),
+    ],
+)
+def test_what_a_weighted_loss_is_a_mean_over(unit, level, expected):
+    """Responses of 1 and 3, 2 and 1 tokens: over groups, or over all seven tokens."""
+    term = Term(source=OnPolicy(samples_per_prompt=2), labeller=Advantage(), objective=o.reinforce,
+                unit=unit, level=level)  # fmt: skip
+    samples = scored([[1.0, 10.0], [100.0, 1000.0]], lengths=[[1, 3], [2, 1]])
+    now = f64([[[-1, 9, 9], [-2, -3, -4]], [[-5, -6, 9], [-7, 9, 9]]])
+    batch, _ = term.labeller(samples, {})
+    total, _ = loss_sum(term, samples, batch, {"logp": now})
+    assert float(total / count(term, samples, batch)) == pytest.approx(expected, abs=1e-12)
 
 
 STUDY = [

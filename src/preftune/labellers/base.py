@@ -19,6 +19,8 @@ from preftune.samples import Batch, Samples
 State = dict[str, Tensor]
 KL_SCALE = "kl_scale"
 """Of a state: what a target_kl multiplies KL coefficients by, [*R]."""
+SEED = "seed"
+"""Of a state: the run's."""
 _EPS = 1e-8
 
 Estimator = Literal["k1", "k2", "k3"]

@@ -114,8 +114,8 @@ class GivenPreference:
         """See `Labeller`."""
         data = {}
         if "probability" in samples.extra:
-            sure = samples.extra["probability"].nan_to_num(nan=1.0)
-            data["label_smoothing"] = (1 - sure).unsqueeze(-1)
+            # NaN, where a row has none: the objective's own setting
+            data["label_smoothing"] = (1 - samples.extra["probability"]).unsqueeze(-1)
         if self.margin == "data" and "margin" in samples.extra:
             data["margin"] = samples.extra["margin"].nan_to_num(nan=0.0).unsqueeze(-1)
         batch = Batch(index=index_of(samples, [0, 1]), roles=("chosen", "rejected"), data=data)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preftune.labellers.base import Shaping, State, log_ratio, reward_needs, shaped
+from preftune.labellers.base import SEED, Shaping, State, log_ratio, reward_needs, shaped
 from preftune.numerics import sample_index, stream_key, uniform
 from preftune.samples import Batch, Samples
 
@@ -28,12 +28,9 @@ def _pairs(
     gap = values[..., 0] - values[..., 1]
     index = torch.where((gap < 0).unsqueeze(-1), couples.flip(-1), couples)
     tied = gap.abs() <= threshold
-    if ties == "keep":
-        return Batch(
-            index=index,
-            roles=("chosen", "rejected"),
-            data={"label_smoothing": 0.5 * tied.to(reward)},
-        )
+    if ties == "keep":  # NaN: the others keep the smoothing of the objective's own setting
+        smoothing = torch.where(tied, 0.5, torch.nan).to(reward)
+        return Batch(index=index, roles=("chosen", "rejected"), data={"label_smoothing": smoothing})
     return Batch(index=index, roles=("chosen", "rejected"), keep=~tied)
 
 
@@ -147,9 +144,9 @@ class RandomPair:
         reward, state = shaped(samples, self.kl, self.shaping, state)
         couples = _couples(reward.shape[-1])
         round_number = state.get("rounds", torch.zeros((), dtype=torch.long))
-        draw = uniform(
-            stream_key("random_pair"), round_number, torch.arange(samples.row.shape[-1])
-        ).expand(samples.row.shape)
+        key = stream_key(int(state.get(SEED, 0)), "random_pair")
+        draw = uniform(key, round_number, torch.arange(samples.row.shape[-1]))
+        draw = draw.expand(samples.row.shape)
         chosen = sample_index(self._weights(samples, reward, couples), draw)
         couple = couples[chosen].unsqueeze(-2)
         state = state | {"rounds": round_number + 1}

@@ -162,6 +162,7 @@ class Advantage:
     def signals(self) -> dict[str, list[float]]:
         """Either sign, unless rewards are known not to be negative and nothing is taken off."""
         least = self.reward_range[0] if self.reward_range else -math.inf
-        plain = self.baseline == "none" and self.whiten == "none" and not self.kl
+        moved = self.shaping.standardise != "none" or self.shaping.no_end_penalty > 0
+        plain = self.baseline == "none" and self.whiten == "none" and not (self.kl or moved)
         signs = [0.0, 1.0] if plain and least >= 0 else [-1.0, 0.0, 1.0]
         return {"advantage": signs} | ({"target": [0.0]} if self.baseline == "value" else {})

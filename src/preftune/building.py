@@ -1,0 +1,250 @@
+"""From settings to what is trained: the row, the model and its device, the reference."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune import huggingface, methods, spec
+from preftune.config import Config, set_path
+from preftune.data import (
+    Renderer,
+    Rows,
+)  # fmt: skip
+from preftune.errors import UserError
+from preftune.method import Method
+from preftune.policies.transformer import Transformer
+from preftune.reward_model import RewardModel
+from preftune.samples import Samples
+from preftune.sampling.decoding import Decoding
+
+SMALL_MODEL = 5_000_000
+"""Parameters below which bfloat16 gains nothing on a CPU."""
+CPU_MICRO_BATCH_TOKENS = 2048
+
+
+def method_of(config: Config, overrides: Mapping[str, Any] | None = None) -> Method:
+    """The row that the settings name, with every setting in its place.
+
+    Args:
+        overrides: dotted paths below `terms`, from `--set`.
+    """
+    if isinstance(config.method, dict):
+        row = spec.from_row(config.method)
+    else:
+        named = methods.table().get(config.method)
+        if config.terms is None:
+            row = methods.get(config.method)
+        else:  # a run's own config.yaml: of a row of the table, or of the user's
+            row = spec.from_data(config.method, config.terms, named)
+    given = {n: v for n in methods.SETTINGS if (v := getattr(config, n, None)) is not None}
+    row = methods.resolve(methods.configure(row, given))
+    if overrides:
+        data: dict[str, Any] = {"terms": spec.to_data(row)}
+        for path, value in overrides.items():
+            _set_term(data, path, value)
+        row = spec.from_data(row.name, data["terms"], row)
+    methods.check(row, decoding_of(config), config.batch_size)
+    for i, term in enumerate(row.terms):
+        spec.check_term(f"terms.{i}", term)
+    return row
+
+
+def _set_term(data: dict[str, Any], path: str, value: Any) -> None:
+    """`terms.0.beta` stands for `terms.0.settings.beta`; settings may be added."""
+    parts = path.split(".")
+    if len(parts) >= 3 and parts[1].isdigit() and int(parts[1]) < len(data["terms"]):
+        term = data["terms"][int(parts[1])]
+        if parts[-1] not in term and parts[2] not in ("source", "labeller"):
+            term["settings"][parts[-1]] = (
+                value  # checked against the objective when the row is built
+            )
+            return
+        if parts[2] in ("source", "labeller") and len(parts) in (4, 5) and parts[3] != "members":
+            place = term[parts[2]]
+            if len(parts) == 5:  # a part inside, left out of the data where it is as by default
+                place = place.setdefault(parts[3], {})
+            place[parts[-1]] = value
+            return
+    set_path(data, path, value)
+
+
+def decoding_of(config: Config) -> Decoding:
+    """How responses are drawn."""
+    return Decoding(
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        top_p=config.top_p, top_k=config.top_k,
+    )  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a setting names; `auto` takes an accelerator where there is one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device '{name}': not usable here ({str(error).splitlines()[0]}). Give auto or cpu."
+        ) from error
+    return device
+
+
+def _faster_in_bfloat16(device: torch.device) -> bool:
+    """Time one product in both types: a CPU without bfloat16 units is several times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    timings = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(256, 512).to(dtype), torch.randn(512, 1024).to(dtype)
+        best = float("inf")
+        for _ in range(5):
+            began = time.perf_counter()
+            torch.matmul(a, b)
+            best = min(best, time.perf_counter() - began)
+        timings[dtype] = best
+    return timings[torch.float32] > 1.5 * timings[torch.bfloat16]
+
+
+def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
+    """The trunk's compute type under float32 weights; None is the weights' own."""
+    if dtype == "bfloat16":
+        return torch.bfloat16
+    if dtype != "auto":
+        return None
+    device = next(model.parameters()).device
+    large = sum(p.numel() for p in model.parameters()) > SMALL_MODEL
+    return torch.bfloat16 if large and _faster_in_bfloat16(device) else None
+
+
+CONTROLS = ("[bad]\n", "[good]\n")
+"""Text behind a prompt that asks for such a response (Offline(take="conditioned"))."""
+
+
+def controls_of(method: Method | None, tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """Ids of the controls, where a source conditions on them."""
+    if method is None or not any(
+        getattr(t.source, "take", "") == "conditioned" for t in method.terms
+    ):
+        return None
+    bad, good = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in CONTROLS)
+    return bad, good
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as a policy with controls is asked for good responses to them."""
+
+    rows: Rows
+    policy: Transformer
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def samples(self, index: Tensor, *, responses: list[int] | None = None) -> Samples:
+        """The data's responses, to plain prompts."""
+        return self.rows.samples(index, responses=responses)
+
+    def prompts_only(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts [n, P] with the control for good, and their mask."""
+        prompt, mask = self.rows.prompts_only(index)
+        return self.policy.condition(prompt, mask, torch.ones(len(prompt), dtype=torch.bool))
+
+
+def asking_for_good(tokenizer: Any) -> Any:
+    """The tokenizer with a chat template that asks for good responses, so that whoever loads the
+    model does: the control stands behind a prompt, and before the answer of a whole conversation.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    control = CONTROLS[1]
+    before = (
+        "{% if not add_generation_prompt and messages and messages[-1]['role'] == 'assistant' %}"
+        "{% set messages = messages[:-1] + [{'role': 'assistant', 'content': '"
+        + control
+        + "' + messages[-1]['content']}] %}{% endif %}"
+    )
+    after = "{% if add_generation_prompt %}" + control + "{% endif %}"
+    tokenizer.chat_template = before + tokenizer.chat_template + after
+    return tokenizer
+
+
+def make_model(
+    config: Config, model: Any | None, tokenizer: Any | None, method: Method
+) -> Transformer | RewardModel:
+    """What the method trains: a policy, or where it takes scores alone a reward model."""
+    if "score" not in method.outputs:
+        return make_policy(config, model, tokenizer, method)
+    loaded: Any = model
+    if loaded is None:
+        loaded = huggingface.classifier_from(config.model, _weights(config))
+    if getattr(getattr(loaded, "config", None), "num_labels", None) != 1:
+        raise UserError(
+            "model: to train a reward model give a folder, or a sequence-classification model "
+            "with one output."
+        )
+    loaded = loaded.to(device=pick_device(config.device), dtype=_weights(config))
+    return RewardModel(
+        loaded, autocast=autocast_of(config.dtype, loaded), share_prefix=config.share_prefix
+    )
+
+
+def _weights(config: Config) -> torch.dtype:
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+def make_policy(
+    config: Config, model: Any | None, tokenizer: Any | None, method: Method | None = None
+) -> Transformer:
+    """The policy, its weights in float32 (or float64), with what the method needs on top."""
+    weights = _weights(config)
+    loaded: Any = huggingface.load_model(config.model, weights) if model is None else model
+    model = loaded.to(device=pick_device(config.device), dtype=weights)
+    ends = huggingface.end_ids(model, tokenizer)
+    if not ends:
+        raise UserError(
+            f"model '{config.model}': has no end token. Set eos_token_id in its configuration."
+        )
+    return Transformer(
+        model, end_ids=ends, decoding=decoding_of(config),
+        autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix,
+        value_head=method is not None and "value" in method.outputs | method.needs,
+        controls=controls_of(method, tokenizer),
+    )  # fmt: skip
+
+
+def make_reference(config: Config, policy: Transformer) -> Transformer:
+    """The reference policy: a model of its own, or a frozen copy of the policy as it starts."""
+    if config.reference is None:
+        return policy.frozen_copy()
+    dtype = next(policy.model.parameters()).dtype
+    model = huggingface.load_model(config.reference, dtype).to(policy.device)
+    if model.config.vocab_size != policy.model.config.vocab_size:
+        raise UserError(
+            f"reference '{config.reference}': has {model.config.vocab_size} tokens, the model "
+            f"{policy.model.config.vocab_size}. The reference must share the model's tokenizer."
+        )
+    return policy.with_model(model)
+
+
+def make_renderer(config: Config, tokenizer: Any, model: Transformer | RewardModel) -> Renderer:
+    """The renderer of the model's own tokenizer, as the settings ask."""
+    return Renderer(
+        tokenizer, template=config.template, system_prompt=config.system_prompt,
+        end_ids=huggingface.end_ids(model.model, tokenizer),
+    )  # fmt: skip
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that a model can take."""
+    return getattr(model.config, "max_position_embeddings", None)
