@@ -219,6 +219,13 @@ def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, load_tokenizer(name)
 
 
+def is_classifier(name: str) -> bool:
+    """Whether a model folder or Hub id is a sequence-classification model."""
+    from transformers import AutoConfig
+
+    return _is_classifier(_load(AutoConfig, resolve_model(name)))
+
+
 def _is_classifier(config: Any) -> bool:
     return any("SequenceClassification" in a for a in config.architectures or [])
 

@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from preftune import building
 from preftune.data import Rows
 from preftune.figures import Figure, Figures, ratio
 from preftune.held_out import eval_metrics
+from preftune.huggingface import is_classifier
+from preftune.numerics import masked_sum
 from preftune.parts import Parts
 from preftune.policies.base import Trainable
-from preftune.policies.scoring import outputs_all
+from preftune.policies.scoring import outputs_all, score_all
 from preftune.runs import RunFolder
 
 BATCH = 32
@@ -124,6 +127,20 @@ def trivial_rules(rows: Rows, training: Rows | None) -> dict[str, Tensor]:
     return rules
 
 
+def likelier(parts: Parts, rows: Rows) -> dict[str, Tensor]:
+    """The rule that prefers what the model was likelier to say as it was; where it is at hand."""
+    if "model" not in parts.config.model_fields_set or is_classifier(parts.config.model):
+        return {}
+    policy = building.make_policy(parts.config, None, parts.tokenizer)
+    sums = [
+        masked_sum(score_all(policy, part, parts.micro_batch_tokens), part.mask).double()
+        for start in range(0, len(rows), BATCH)
+        for part in [rows.samples(range(start, min(start + BATCH, len(rows))))]
+    ]
+    logp = torch.cat(sums)
+    return {"ref_logp": 0.5 * (1 + torch.sign(logp[:, 0] - logp[:, 1]))}
+
+
 def win_rates(rows: Rows) -> dict[Any, float]:
     """How often each writer (columns chosen_model, rejected_model) wins, by writer."""
     wins: dict[Any, list[int]] = defaultdict(list)
@@ -137,7 +154,7 @@ def evaluator(parts: Parts, folder: RunFolder) -> Callable[[int], dict[str, Any]
     """Evaluation on the held-out pairs, as the loop calls it."""
     rows = parts.held_out
     assert rows is not None, "there are held-out pairs"
-    rules = trivial_rules(rows, parts.data)
+    rules = trivial_rules(rows, parts.data) | likelier(parts, rows)
     lengths = torch.tensor([[len(r) for r in pair] for pair in rows.responses])
     clusters: dict[tuple[int, ...], int] = {}
     cluster = [clusters.setdefault(tuple(p), len(clusters)) for p in rows.prompts]
