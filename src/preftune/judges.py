@@ -92,6 +92,25 @@ def judge_of(reward: rewards.Reward, rows: Rows, renderer: Renderer) -> Callable
     return judge
 
 
+def judge_in_parts(
+    reward: rewards.Reward, rows: Rows, renderer: Renderer
+) -> Callable[[Samples], Tensor | tuple[Tensor, dict[str, Tensor]]]:
+    """The same for the loop: of a sum also its parts by name, from one call of each."""
+    if not isinstance(reward, rewards.Weighted):
+        return judge_of(reward, rows, renderer)
+
+    def judge(samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        columns = reward.each(judged(samples, rows, renderer))
+
+        def tensor(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64).view(samples.finished.shape)
+
+        named = {r.name: tensor(c) for (_, r), c in zip(reward.parts, columns, strict=True)}
+        return tensor(reward.total(columns)), named
+
+    return judge
+
+
 def try_reward(reward: rewards.Reward | None, rows: Rows | None, renderer: Renderer) -> None:
     """Judge two short answers, so that a reward that fails does so before anything is written.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from preftune.labellers.base import KL_SCALE, log_ratio
 from preftune.numerics import masked_sum
-from preftune.rounds import Group
+from preftune.rounds import PART, Group
 from preftune.samples import Batch, Samples
 from preftune.terms import gather
 
@@ -35,6 +35,9 @@ DOCUMENTED = {
     "logp": "mean log-prob of the trained responses, nats (rows without pairs)",
     "kl": "mean log(policy / reference) of the minibatch's fresh samples at collection, nats",
     "reward": "mean reward of the minibatch's sampled responses",
+    "reward:NAME": "mean of one of several rewards, before its weight",
+    "round_items": "items (pairs, responses, groups) of a round of fresh samples",
+    "updates_a_round": "updates of a round: the last one's staleness is one less",
     "length": "mean response tokens of the minibatch's sampled responses, end token included",
     "no_end": "share of sampled responses that were cut before an end token",
     "staleness": "optimizer steps since these samples were drawn",
@@ -83,6 +86,9 @@ class Measures:
         """What is known before the forward pass."""
         if samples.reward is not None:
             self.add("reward", samples.reward)
+        for name, part in samples.extra.items():
+            if name.startswith(PART):
+                self.add(name, part)
         for batch in labelled:
             if batch.roles:
                 items = batch.index.shape[:-1].numel()
@@ -94,19 +100,28 @@ class Measures:
             if KL_SCALE in state and term.kl_coefficient:
                 self.add("kl_coefficient", term.kl_coefficient * state[KL_SCALE])
         if group.source.on_policy:
-            fresh = samples.origin >= 0  # a pool also holds others
-            self.add("length", samples.lengths(), fresh)
-            self.add("no_end", ~samples.finished, fresh)
-            self.add("staleness", version - samples.origin, fresh)
-            if group.trained_logp and samples.ref_logp is not None:
-                # of all samples: those that a labeller picks by their reward give no KL
-                self.add("kl", log_ratio(samples), fresh)
-            if group.sampler_gap is not None and self._sum["staleness"] == 0:
-                self._plain["sampler_gap"] = group.sampler_gap
+            self._fresh(group, samples, version)
         ratios = [t.max_ratio for t in group.terms if t.max_ratio is not None]
         self._skip_above = min(
             [*ratios, *([self._skip_above] if self._skip_above else [])], default=None
         )
+
+    def _fresh(self, group: Group, samples: Samples, version: int) -> None:
+        """Of the policy's own samples."""
+        assert group.round is not None, "a minibatch is of a round"
+        whole = group.round.samples
+        items = max(t.labeller.items(whole.tokens.shape[-2]) for t in group.terms)
+        self._plain["round_items"] = whole.row.shape[-1] * items
+        self._plain["updates_a_round"] = len(group.round.minibatches)
+        fresh = samples.origin >= 0  # a pool also holds others
+        self.add("length", samples.lengths(), fresh)
+        self.add("no_end", ~samples.finished, fresh)
+        self.add("staleness", version - samples.origin, fresh)
+        if group.trained_logp and samples.ref_logp is not None:
+            # of all samples: those that a labeller picks by their reward give no KL
+            self.add("kl", log_ratio(samples), fresh)
+        if group.sampler_gap is not None and self._sum["staleness"] == 0:
+            self._plain["sampler_gap"] = group.sampler_gap
 
     def outputs(self, group: Group, samples: Samples, now: Mapping[str, Tensor]) -> None:
         """What the forward pass of a micro-batch shows of the policy on a source's samples."""

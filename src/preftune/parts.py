@@ -58,11 +58,14 @@ class Parts:
         assert isinstance(self.model, Transformer), "a reward model is no policy"
         return self.model
 
-    def judge(self, reward: rewards.Reward | None, rows: Rows | None) -> Any:
-        """A reward of samples that answer `rows`, or None."""
+    def judge(
+        self, reward: rewards.Reward | None, rows: Rows | None, *, in_parts: bool = False
+    ) -> Any:
+        """A reward of samples that answer `rows`, or None; with its parts, as the loop takes it."""
         if reward is None or rows is None or self.renderer is None:
             return None
-        return judges.judge_of(reward, rows, self.renderer)
+        make = judges.judge_in_parts if in_parts else judges.judge_of
+        return make(reward, rows, self.renderer)
 
 
 def prepare(
@@ -279,8 +282,8 @@ def make_world(parts: Parts) -> World:
         reference = reference.frozen_copy()  # evaluation keeps the one that stays
     return World(
         policy=parts.model, reference=reference, data=parts.data, prompts=parts.prompts,
-        reward=parts.judge(parts.reward, parts.prompts), seed=parts.config.seed,
-        data_reward=parts.judge(parts.reward, parts.data),
+        reward=parts.judge(parts.reward, parts.prompts, in_parts=True), seed=parts.config.seed,
+        data_reward=parts.judge(parts.reward, parts.data, in_parts=True),
         batch_size=parts.config.batch_size, micro_batch_tokens=parts.micro_batch_tokens,
     )  # fmt: skip
 

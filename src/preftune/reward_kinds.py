@@ -175,13 +175,20 @@ class Weighted:
         found = {r.label_source for _, r in self.parts}
         return found.pop() if len(found) == 1 else "rm_other"
 
-    def __call__(self, judged: Judged) -> list[float]:
-        """The sum; each part is checked by itself."""
-        columns = [judge(r, judged) for _, r in self.parts]
+    def each(self, judged: Judged) -> list[list[float]]:
+        """Each part's rewards, before the weights; each is checked by itself."""
+        return [judge(r, judged) for _, r in self.parts]
+
+    def total(self, columns: Sequence[Sequence[float]]) -> list[float]:
+        """The weighted sum of what `each` gave."""
         return [
             sum(w * x for (w, _), x in zip(self.parts, row, strict=True))
             for row in zip(*columns, strict=True)
         ]
+
+    def __call__(self, judged: Judged) -> list[float]:
+        """The sum."""
+        return self.total(self.each(judged))
 
 
 @dataclass(frozen=True)

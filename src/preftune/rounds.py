@@ -21,8 +21,10 @@ from preftune.policies.scoring import outputs_all, score_all
 from preftune.samples import Batch, Samples
 from preftune.terms import Term
 
-RewardFunction = Callable[[Samples], Tensor]
-"""Rewards [*R, N, K] of a round's responses."""
+RewardFunction = Callable[[Samples], Tensor | tuple[Tensor, dict[str, Tensor]]]
+"""Rewards [*R, N, K] of a round's responses; where they are a sum, also its parts by name."""
+PART = "reward:"
+"""Before a part's name in `Samples.extra`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,10 @@ def _score(samples: Samples, group: Group, world: World) -> Samples:
     if "reward" in needs and samples.reward is None:
         judge = world.reward if group.source.draws else world.data_reward or world.reward
         assert judge is not None, "the row needs a reward"
-        samples = replace(samples, reward=judge(samples))
+        found = judge(samples)
+        total, named = found if isinstance(found, tuple) else (found, {})
+        extra = samples.extra | {f"{PART}{name}": part for name, part in named.items()}
+        samples = replace(samples, reward=total, extra=extra)
         group.queries += samples.row.shape[-1] * samples.tokens.shape[-2]
     return samples
 

@@ -135,6 +135,7 @@ class Unlabelled:
     """
 
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
+    """Taken off each sample's log-ratio: the mean of the prompt's others, or nothing."""
     labelled = False
     given = 0
     least = 1
@@ -166,6 +167,7 @@ class Member:
     """The response at one place (of a pool's), without a judgement of it."""
 
     place: int = 0
+    """Among the prompt's responses, from 0."""
     needs = frozenset[str]()
     labelled = False
     given = 0

@@ -116,6 +116,7 @@ class RandomPair:
     """
 
     mix: Literal["none", "reward", "log_ratio"] = "none"
+    """What d is a difference of; none: every couple is as likely."""
     mix_scale: float = 1.0
     """d is this times the difference: 1 for a reward in units of log-odds, beta for log-ratios."""
     threshold: float = 0.0
