@@ -1,0 +1,38 @@
+"""The generated pages agree with the code."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def pages() -> dict[str, str]:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {
+        "methods.md": module.methods_page(),
+        "metrics.md": module.metrics_page(),
+        "rows.md": module.parts_page(),
+    }
+
+
+@pytest.mark.parametrize("name", ["methods.md", "metrics.md", "rows.md"])
+def test_a_page_is_what_the_code_says(name):
+    assert (ROOT / "docs" / name).read_text() == pages()[name], "run scripts/make_docs.py"
+
+
+def test_the_row_in_the_docs_is_one(tmp_path):
+    """The YAML of docs/rows.md builds a row."""
+    import yaml
+
+    from preftune import building
+    from preftune.config import load
+
+    text = (ROOT / "docs" / "rows.md").read_text()
+    block = text.split("```yaml\n")[1].split("```")[0]
+    row = building.method_of(load(yaml.safe_load(block)))
+    assert row.target_kl == 3.0 and len(row.terms) == 2 and row.on_policy
