@@ -90,6 +90,7 @@ def test_figures_by_hand():
     found = figures(scores, rules, lengths, [0, 0, 1])
     assert found["accuracy"]["value"] == pytest.approx(0.5)
     assert found["accuracy_gain"]["value"] == pytest.approx(0.5 - 1 / 3)
+    assert found["gain_over_longer"] == found["accuracy_gain"]  # the only rule is the best
     assert found["accuracy_length_matched"]["value"] == 1.0
     assert found["length_matched"]["value"] == pytest.approx(1 / 3)
     nll = sum(math.log(1 + math.exp(-m)) for m in (2, -1, 0)) / 3

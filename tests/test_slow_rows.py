@@ -18,6 +18,8 @@ def known(name: str) -> bool:
     if name in ("step", *DOCUMENTED) or name.startswith("loss_"):
         return True
     plain = name.removeprefix("eval_").removesuffix("_low").removesuffix("_high")
+    if plain.startswith("gain_over_"):
+        return True
     return plain.partition(":")[0] in {n.partition(":")[0] for n in (*FIGURES, *REWARD_FIGURES)}
 
 

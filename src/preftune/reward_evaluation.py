@@ -31,6 +31,7 @@ BINS = 10
 DOCUMENTED = {
     "accuracy": "share of held-out pairs whose chosen response has the larger score (ties half)",
     "accuracy_gain": "accuracy less that of the best rule that reads nothing, on the same pairs",
+    "gain_over_RULE": "accuracy less that of one such rule: longer, shorter, writer, ref_logp",
     "accuracy_longer": "share of pairs whose chosen response is the longer, in tokens (ties half)",
     "accuracy_shorter": "the same of the shorter",
     "accuracy_writer": "the same of the one whose writer wins more often in the training pairs",
@@ -86,6 +87,7 @@ def figures(
         "accuracy": mean(right),
         "accuracy_gain": mean(right - rules[best]),
         **{f"accuracy_{name}": mean(values) for name, values in rules.items()},
+        **{f"gain_over_{name}": mean(right - values) for name, values in rules.items()},
         "length_matched": mean(matched.double()),
         "nll": mean(-F.logsigmoid(margin)),
         "calibration_error": {"value": calibration_error(margin), "low": None, "high": None},

@@ -92,7 +92,7 @@ def _best_of_n(runs: Sequence[RunFolder], key: str) -> list[Trace]:
             },
             "mode": "lines+markers+text",
             "text": ["" for _ in list(curve)[:-1]] + [label],
-            "textposition": "top center",
+            "textposition": "top left",
             "line": {"color": NEUTRAL, "dash": "dash", "width": 2},
             "marker": {"color": NEUTRAL, "size": 5, "symbol": "cross"},
             "customdata": list(curve),

@@ -78,6 +78,9 @@ def last_evaluation(run: RunFolder, key: str) -> Estimate:
             names = (f"eval_{key}", f"eval_{key}_low", f"eval_{key}_high")
             value, low, high = (finite(row.get(name)) for name in names)
             return Estimate(value=value, low=low, high=high)
+    if key == "seconds":  # of updates, where no one measured the whole
+        spent = [row["seconds"] for row in run.metrics if row.get("seconds") is not None]
+        return Estimate(value=finite(spent[-1])) if spent else Estimate()
     return Estimate()
 
 
