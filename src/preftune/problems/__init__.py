@@ -1,0 +1,1 @@
+"""Problems to study methods on: prompts, reward, offline data, reference policy."""
