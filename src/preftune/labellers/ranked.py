@@ -111,8 +111,9 @@ class RandomPair:
     """One couple of the K responses, drawn at random, the better one chosen.
 
     `mix` draws it with probability in proportion to 1 / (s(d) s(-d)) = 2 + exp(d) + exp(-d), s the
-    logistic function: an even mixture of a uniform couple and one that is far apart (arXiv
-    2409.19605, Mix-R by the reward and Mix-P by beta times the log-ratio).
+    logistic function: a mixture of a uniform couple and one that is far apart (arXiv 2409.19605,
+    Mix-R by the reward and Mix-P by beta times the log-ratio; half and half of the two, as in its
+    practice, is close to this law and not the same).
     """
 
     mix: Literal["none", "reward", "log_ratio"] = "none"
