@@ -9,13 +9,13 @@ import torch
 import tables
 from preftune import loop, methods
 from preftune import objectives as o
-from preftune.collecting import Context, Cursor
+from preftune.collecting import Context, Cursor, Source
 from preftune.errors import UserError
 from preftune.labellers import BestWorst, GivenPreference, RandomPair, Unlabelled
 from preftune.method import Method
 from preftune.rounds import Group, World, group_terms, next_minibatch, refill
 from preftune.samples import DATA, REFERENCE, Samples, beside, join
-from preftune.sources import Offline, OnPolicy, Pool, Reference, Source
+from preftune.sources import Offline, OnPolicy, Pool, Reference
 from preftune.terms import Term
 from tables import STATES, Table, make_world, row_of, scored
 

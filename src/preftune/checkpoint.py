@@ -8,7 +8,7 @@ counters are all of their state.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,7 @@ def save(run: State, folder: Path) -> Path:
     tensors: dict[str, Tensor] = {}
     names = [name for name, _ in run.world.policy.named_parameters()]
     tensors |= {f"policy/{n}": p.detach() for n, p in run.world.policy.named_parameters()}
-    if run.method.reference_update != "fixed" and run.world.reference is not None:
-        tensors |= {f"reference/{n}": t.detach() for n, t in run.world.reference.tensors()}
+    tensors |= {f"reference/{n}": t.detach() for n, t in _moving(run)}
     moments = run.optimizer.state_dict()["state"]
     for i, state in moments.items():
         tensors |= {f"optimizer/{names[i]}/{k}": v for k, v in state.items()}
@@ -57,6 +56,13 @@ def save(run: State, folder: Path) -> Path:
     for old in _found(folder)[:-KEEP]:
         shutil.rmtree(old)
     return target
+
+
+def _moving(run: State) -> Iterable[tuple[str, Tensor]]:
+    """Weights of a reference that does not stay as it was made."""
+    if run.method.reference_update == "fixed" or run.world.reference is None:
+        return ()
+    return run.world.reference.tensors()
 
 
 def _flush(path: Path) -> None:
@@ -88,9 +94,8 @@ def load(run: State, path: Path) -> None:
         for name, parameter in run.world.policy.named_parameters():
             names.append(name)
             parameter.copy_(tensors[f"policy/{name}"])
-        if run.method.reference_update != "fixed" and run.world.reference is not None:
-            for name, tensor in run.world.reference.tensors():
-                tensor.copy_(tensors[f"reference/{name}"])
+        for name, tensor in _moving(run):
+            tensor.copy_(tensors[f"reference/{name}"])
     state: dict[int, dict[str, Tensor]] = {}
     for i, name in enumerate(names):
         prefix = f"optimizer/{name}/"
@@ -110,8 +115,6 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
     saved: dict[str, Any] = {
         "cursor": asdict(group.cursor),
         "queries": group.queries,
-        "trained_logp": group.trained_logp,
-        "sampler_gap": group.sampler_gap,
         "kept": sorted(group.kept),
         "round": None,
     }
@@ -126,6 +129,8 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
             tensors[f"{prefix}/minibatch{i}"] = order
         saved["round"] = {
             "taken": group.round.taken,
+            "trained_logp": group.round.trained_logp,
+            "sampler_gap": group.round.sampler_gap,
             "minibatches": len(group.round.minibatches),
             "roles": [list(b.roles) for b in group.round.batches],
         }
@@ -136,7 +141,6 @@ def _restore_group(
     group: Group, saved: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]
 ) -> None:
     group.cursor, group.queries = Cursor(**saved["cursor"]), saved["queries"]
-    group.trained_logp, group.sampler_gap = saved["trained_logp"], saved["sampler_gap"]
     group.kept = {row: _get_samples(f"{prefix}/kept{row}", tensors) for row in saved["kept"]}
     group.states = [_under(f"{prefix}/labeller{i}/", tensors) for i in range(len(group.terms))]
     group.round = None
@@ -156,6 +160,8 @@ def _restore_group(
             tensors[f"{prefix}/minibatch{i}"] for i in range(saved["round"]["minibatches"])
         ],
         taken=saved["round"]["taken"],
+        trained_logp=saved["round"]["trained_logp"],
+        sampler_gap=saved["round"]["sampler_gap"],
     )
 
 

@@ -13,8 +13,8 @@ from preftune.config import Config
 from preftune.data import Renderer, Rows, check_end_token, inspect_rows, trivial_rules
 from preftune.errors import UserError
 from preftune.evaluate import answer
+from preftune.likelihoods import response_logp
 from preftune.numerics import masked_sum
-from preftune.policies.scoring import score_all
 from preftune.policies.transformer import Transformer
 
 Tick = Callable[[int, int], None]
@@ -152,7 +152,7 @@ def inspect(
         scores = []
         for start in range(0, len(few), 8):
             part = few.samples(range(start, min(start + 8, len(few))))
-            logp = masked_sum(score_all(policy, part, building.CPU_MICRO_BATCH_TOKENS), part.mask)
+            logp = response_logp(policy, part, building.CPU_MICRO_BATCH_TOKENS)
             scores += [(float(c), float(r)) for c, r in logp]
             tick(len(scores), len(few))
         rules = trivial_rules(few, reference_scores=scores)

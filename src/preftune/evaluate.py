@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from preftune.collecting import Data
 from preftune.figures import (
     Figures,
     best_of_curve,
@@ -25,8 +26,7 @@ from preftune.figures import (
 from preftune.numerics import masked_sum, stream_key, uniform
 from preftune.policies.base import Policy
 from preftune.policies.scoring import micro_batches, score_all
-from preftune.samples import Samples
-from preftune.sources import Data, join
+from preftune.samples import Samples, join
 
 DOCUMENTED = {
     "reward": "mean reward of samples; a proxy where it is the reward trained on",

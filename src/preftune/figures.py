@@ -84,8 +84,19 @@ def ratio(numerator: Tensor, denominator: Tensor, seed: int = 0) -> Figure:
         return _figure(value, means[:, 0] / means[:, 1])
 
 
+def clustered(values: Tensor, cluster: Tensor, keep: Tensor | None = None, seed: int = 0) -> Figure:
+    """Mean of values [n] (where `keep`), those of one cluster [n] resampled together."""
+    keep = torch.ones_like(values) if keep is None else keep
+    count = int(cluster.max()) + 1
+
+    def sums(x: Tensor) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64).index_add(0, cluster, x.double())
+
+    return ratio(sums(values * keep), sums(keep), seed)
+
+
 def wins(mine: Tensor, other: Tensor) -> Tensor:
-    """1, ½ or 0 where my reward [N, K] is the higher, the same or the lower."""
+    """1, ½ or 0 where mine [...] is the higher, the same or the lower."""
     return 0.5 * (1 + torch.sign(mine.double() - other.double()))
 
 

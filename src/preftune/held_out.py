@@ -128,9 +128,8 @@ def evaluator(
         UserError: the judge or the plain text that the settings name cannot be used.
     """
     assert parts.reference is not None, "held-out prompts bring the reference"
+    # that it answers was checked before the run folder was made
     server = None if parts.config.judge is None else judging.connect(parts.config.judge)
-    if server is not None:
-        judging.check(server)
     pieces = None if parts.config.retention is None else pieces_of(parts, parts.config.retention)
     # its KL to itself is not asked for
     baseline = held_out_answers(replace(parts, reference=None), parts.reference)

@@ -86,10 +86,14 @@ def judge_of(reward: rewards.Reward, rows: Rows, renderer: Renderer) -> Callable
     """A reward as a function of samples."""
 
     def judge(samples: Samples) -> Tensor:
-        values = rewards.judge(reward, judged(samples, rows, renderer))
-        return torch.tensor(values, dtype=torch.float64).view(samples.finished.shape)
+        return _as_tensor(rewards.judge(reward, judged(samples, rows, renderer)), samples)
 
     return judge
+
+
+def _as_tensor(values: list[float], samples: Samples) -> Tensor:
+    """One number a response, [N, K]."""
+    return torch.tensor(values, dtype=torch.float64).view(samples.finished.shape)
 
 
 def judge_in_parts(
@@ -101,12 +105,9 @@ def judge_in_parts(
 
     def judge(samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         columns = reward.each(judged(samples, rows, renderer))
-
-        def tensor(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64).view(samples.finished.shape)
-
-        named = {r.name: tensor(c) for (_, r), c in zip(reward.parts, columns, strict=True)}
-        return tensor(reward.total(columns)), named
+        named = zip((r.name for _, r in reward.parts), columns, strict=True)
+        total = _as_tensor(reward.total(columns), samples)
+        return total, {name: _as_tensor(column, samples) for name, column in named}
 
     return judge
 

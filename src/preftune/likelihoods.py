@@ -4,21 +4,21 @@ What the policy would say itself is in `preftune.evaluate`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from preftune.collecting import Data
 from preftune.data.files import ending, read_file
 from preftune.errors import UserError
-from preftune.figures import Figures, ratio
+from preftune.figures import Figures, clustered, ratio, wins
 from preftune.numerics import masked_sum
 from preftune.policies.base import Policy
 from preftune.policies.scoring import score_all
 from preftune.samples import DATA, Samples, pad_stack
-from preftune.sources import Data
 
 BATCH = 32
 """Rows made into samples at once."""
@@ -43,13 +43,8 @@ def pair_figures(
     ratios: list[Tensor] = []
     clusters: dict[tuple[int, ...], int] = defaultdict(lambda: len(clusters))
     places: list[int] = []
-    for start in range(0, len(pairs), BATCH):
-        rows = torch.arange(start, min(start + BATCH, len(pairs)))
-        samples = pairs.samples(rows, responses=[0, 1])
-        mine, theirs = (
-            masked_sum(score_all(p, samples, budget), samples.mask).double()
-            for p in (policy, reference)
-        )
+    for samples in pair_batches(pairs):
+        mine, theirs = (response_logp(p, samples, budget) for p in (policy, reference))
         ratios.append(mine - theirs)
         for ids, mask in zip(samples.prompt, samples.prompt_mask, strict=True):
             places.append(clusters[tuple(ids[mask].tolist())])
@@ -58,19 +53,24 @@ def pair_figures(
     margin = chosen - rejected
     cluster = torch.tensor(places)
     found = {
-        "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
+        "implicit_accuracy": wins(chosen, rejected),
         "implicit_margin": margin,
         "log_ratio_chosen": chosen,
         "log_ratio_rejected": rejected,
     }
-    counts = _sums(torch.ones_like(margin), cluster)
-    return {name: ratio(_sums(x, cluster), counts, seed) for name, x in found.items()}
+    return {name: clustered(x, cluster, seed=seed) for name, x in found.items()}
 
 
-def _sums(values: Tensor, cluster: Tensor) -> Tensor:
-    """Sums of values [n] by cluster."""
-    out = torch.zeros(int(cluster.max()) + 1, dtype=torch.float64)
-    return out.index_add(0, cluster, values.double())
+def pair_batches(rows: Data) -> Iterator[Samples]:
+    """The chosen and the rejected response of all rows, some rows at a time."""
+    for start in range(0, len(rows), BATCH):
+        index = torch.arange(start, min(start + BATCH, len(rows)))
+        yield rows.samples(index, responses=[0, 1])
+
+
+def response_logp(policy: Policy, samples: Samples, budget: int | None) -> Tensor:
+    """Summed log-prob of each response, [N, K], float64."""
+    return masked_sum(score_all(policy, samples, budget), samples.mask).double()
 
 
 def plain_text(source: str) -> list[str]:
@@ -137,8 +137,7 @@ def retention(
         sums["tokens"].append(samples.lengths().sum(-1).double())
         for name, of in (("mine", policy), ("reference", reference)):
             if of is not None:
-                logp = masked_sum(score_all(of, samples, budget), samples.mask)
-                sums[name].append(-logp.sum(-1).double())
+                sums[name].append(-response_logp(of, samples, budget).sum(-1))
         progress(start + len(part), len(order))
     tokens, mine = torch.cat(sums["tokens"]), torch.cat(sums["mine"])
     out = {"retention_nll": ratio(mine, tokens, seed)}

@@ -15,6 +15,7 @@ from typing import Any
 from preftune import objectives
 from preftune.method import Method, resolve
 from preftune.spec import LABELLERS, SOURCES, part_name
+from preftune.terms import PLAIN
 
 
 def of_fields(part: type) -> dict[str, str]:
@@ -69,7 +70,7 @@ def of_row(method: Method) -> list[dict[str, Any]]:
                     {"path": f"{where}.{key}", "value": value, "meaning": known.get(key, "")}
                 )
         of_term = of_fields(type(term))
-        for key in ("weight", "share", "level", "unit", "max_ratio"):
+        for key in PLAIN:
             value = getattr(term, key)
             out.append({"path": f"{where}.{key}", "value": value, "meaning": of_term.get(key, "")})
     return out

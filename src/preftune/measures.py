@@ -117,24 +117,22 @@ class Measures:
         self.add("length", samples.lengths(), fresh)
         self.add("no_end", ~samples.finished, fresh)
         self.add("staleness", version - samples.origin, fresh)
-        if group.trained_logp and samples.ref_logp is not None:
+        if group.round.trained_logp and samples.ref_logp is not None:
             # of all samples: those that a labeller picks by their reward give no KL
             self.add("kl", log_ratio(samples), fresh)
-        if group.sampler_gap is not None and self._sum["staleness"] == 0:
-            self._plain["sampler_gap"] = group.sampler_gap
+        if group.round.sampler_gap is not None and self._sum["staleness"] == 0:
+            self._plain["sampler_gap"] = group.round.sampler_gap
 
     def outputs(self, group: Group, samples: Samples, now: Mapping[str, Tensor]) -> None:
         """What the forward pass of a micro-batch shows of the policy on a source's samples."""
-        if "logp" not in now or not group.source.on_policy:
+        if "logp" not in now or samples.logp is None or not group.source.on_policy:
             return
-        fresh = samples.origin >= 0
-        total = masked_sum(now["logp"].detach(), samples.mask)
-        if samples.logp is None:
-            return
-        moved = torch.where(samples.mask, now["logp"].detach() - samples.logp.to(total), 0.0)
-        if self._sum["staleness"] == 0 and group.sampler_gap is None:
+        assert group.round is not None, "a minibatch is of a round"
+        fresh, logp = samples.origin >= 0, now["logp"].detach()
+        moved = torch.where(samples.mask, logp - samples.logp.to(logp), 0.0)
+        if self._sum["staleness"] == 0 and group.round.sampler_gap is None:
             self.add("sampler_gap", moved.sum(-1).abs(), fresh)
-        if not group.trained_logp:
+        if not group.round.trained_logp:
             return
         self._all["moved"].append(moved.sum(-1)[fresh])
         self._all["token_moved"].append(moved[samples.mask & fresh.unsqueeze(-1)])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from preftune import objectives as o
+from preftune.collecting import Source
 from preftune.errors import UserError, nearest
 from preftune.labellers import (
     Advantage,
@@ -20,8 +21,8 @@ from preftune.labellers import (
 )
 from preftune.labellers.base import Labeller
 from preftune.method import SETTINGS, Method, check, configure, resolve
-from preftune.sources import Offline, OnPolicy, Pool, Reference, Source
-from preftune.terms import Objective, Term, Times
+from preftune.sources import Offline, OnPolicy, Pool, Reference
+from preftune.terms import PLAIN, Objective, Term, Times
 
 __all__ = ["SETTINGS", "Method", "check", "configure", "get", "resolve", "table"]
 
@@ -32,7 +33,7 @@ _IMITATION, _CONTRAST = 2e-5, 1e-6
 
 def _term(source: Source, labeller: Labeller, objective: Objective, **more: Any) -> Term:
     """A term; what is no part of it is a setting of the objective."""
-    parts = {k: more.pop(k) for k in ("weight", "share", "level", "unit", "max_ratio") if k in more}
+    parts = {k: more.pop(k) for k in PLAIN if k in more}
     return Term(source=source, labeller=labeller, objective=objective, settings=more, **parts)
 
 

@@ -173,9 +173,9 @@ def _load_data(parts: Parts, data: Any, trains: bool) -> None:
         return
     draws = any(t.source.draws or t.source.on_policy for t in parts.method.terms)
     reserve = config.max_new_tokens if draws else 0
-    if parts.renderer is not None:  # room for the control behind a prompt
-        controls = building.controls_of(parts.method, parts.renderer.tokenizer)
-        reserve += max(map(len, controls), default=0) if controls else 0
+    # room for the control behind a prompt
+    controls = building.controls_of(parts.method, parts.renderer.tokenizer) or ([],)
+    reserve += max(map(len, controls))
     rejected: list[Rejected] = []
     try:
         if data is not None:

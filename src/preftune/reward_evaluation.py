@@ -14,16 +14,15 @@ from torch import Tensor
 
 from preftune import building
 from preftune.data import Rows
-from preftune.figures import Figure, Figures, ratio
+from preftune.figures import Figure, Figures, clustered, wins
 from preftune.held_out import eval_metrics
 from preftune.huggingface import is_classifier
-from preftune.numerics import masked_sum
+from preftune.likelihoods import pair_batches, response_logp
 from preftune.parts import Parts
 from preftune.policies.base import Trainable
-from preftune.policies.scoring import outputs_all, score_all
+from preftune.policies.scoring import outputs_all
 from preftune.runs import RunFolder
 
-BATCH = 32
 MATCHED = 0.1
 """Lengths count as equal up to this share of the longer."""
 BINS = 10
@@ -47,15 +46,8 @@ DOCUMENTED = {
 
 def scores_of(model: Trainable, rows: Rows, budget: int | None) -> Tensor:
     """Scores of both responses of each pair, [N, 2], float64."""
-    parts = [
-        outputs_all(
-            model,
-            rows.samples(range(start, min(start + BATCH, len(rows)))),
-            budget,
-            frozenset({"score"}),
-        )["score"]
-        for start in range(0, len(rows), BATCH)
-    ]
+    names = frozenset({"score"})
+    parts = [outputs_all(model, part, budget, names)["score"] for part in pair_batches(rows)]
     return torch.cat(parts).double()
 
 
@@ -71,15 +63,11 @@ def figures(
         cluster: of each pair, what is resampled together: its prompt.
     """
     margin = scores[:, 0] - scores[:, 1]
-    right = 0.5 * (1 + torch.sign(margin))
+    right = wins(scores[:, 0], scores[:, 1])
     place = torch.tensor(cluster)
 
     def mean(values: Tensor, keep: Tensor | None = None) -> Figure:
-        keep = torch.ones_like(values) if keep is None else keep.double()
-        sums = torch.zeros(2, int(place.max()) + 1, dtype=torch.float64)
-        sums[0].index_add_(0, place, values.double() * keep)
-        sums[1].index_add_(0, place, keep)
-        return ratio(sums[0], sums[1])
+        return clustered(values, place, keep)
 
     matched = (lengths[:, 0] - lengths[:, 1]).abs() <= MATCHED * lengths.amax(-1)
     best = max(rules, key=lambda name: float(rules[name].mean()))
@@ -105,7 +93,7 @@ def calibration_error(margin: Tensor) -> float:
     one.
     """
     confidence, order = margin.abs().sigmoid().sort()
-    right = 0.5 * (1 + torch.sign(margin))[order]
+    right = wins(margin, torch.zeros_like(margin))[order]
     bins = min(BINS, len(margin))
     gaps = [
         len(c) * float((c.mean() - r.mean()).abs())
@@ -117,7 +105,7 @@ def calibration_error(margin: Tensor) -> float:
 def trivial_rules(rows: Rows, training: Rows | None) -> dict[str, Tensor]:
     """Rules that read nothing, each [N] of 1 (prefers the chosen), 0 or 1/2."""
     lengths = torch.tensor([[len(r) for r in pair] for pair in rows.responses]).double()
-    longer = 0.5 * (1 + torch.sign(lengths[:, 0] - lengths[:, 1]))
+    longer = wins(lengths[:, 0], lengths[:, 1])
     rules = {"longer": longer, "shorter": 1 - longer}
     writers = [rows.columns.get(f"{role}_model") for role in ("chosen", "rejected")]
     if training is not None and None not in writers:
@@ -125,7 +113,7 @@ def trivial_rules(rows: Rows, training: Rows | None) -> dict[str, Tensor]:
         known = torch.tensor(
             [[rate.get(c, 0.5), rate.get(r, 0.5)] for c, r in zip(*writers, strict=True)]  # type: ignore[arg-type]
         )
-        rules["writer"] = 0.5 * (1 + torch.sign(known[:, 0] - known[:, 1])).double()
+        rules["writer"] = wins(known[:, 0], known[:, 1])
     return rules
 
 
@@ -134,13 +122,9 @@ def likelier(parts: Parts, rows: Rows) -> dict[str, Tensor]:
     if "model" not in parts.config.model_fields_set or is_classifier(parts.config.model):
         return {}
     policy = building.make_policy(parts.config, None, parts.tokenizer)
-    sums = [
-        masked_sum(score_all(policy, part, parts.micro_batch_tokens), part.mask).double()
-        for start in range(0, len(rows), BATCH)
-        for part in [rows.samples(range(start, min(start + BATCH, len(rows))))]
-    ]
-    logp = torch.cat(sums)
-    return {"ref_logp": 0.5 * (1 + torch.sign(logp[:, 0] - logp[:, 1]))}
+    budget = parts.micro_batch_tokens
+    logp = torch.cat([response_logp(policy, part, budget) for part in pair_batches(rows)])
+    return {"ref_logp": wins(logp[:, 0], logp[:, 1])}
 
 
 def win_rates(rows: Rows) -> dict[Any, float]:

@@ -58,6 +58,10 @@ class Round:
     minibatches: list[Tensor]
     """Prompts of each minibatch, in the order in which they are taken."""
     taken: int = 0
+    trained_logp: bool = False
+    """Log-probs at collection are the trainer's, not those of an inexact sampler."""
+    sampler_gap: float | None = None
+    """Mean |log-prob by sampler - by trainer| of a response, where the round has both."""
 
     @property
     def spent(self) -> bool:
@@ -83,11 +87,6 @@ class Group:
     """The reference follows the policy at its rounds (reference_update: round)."""
     queries: int = 0
     """Responses that the reward was asked about, a run."""
-    sampler_gap: float | None = None
-    """Mean |log-prob by sampler - by trainer| of a response, where the round has both."""
-
-    trained_logp: bool = False
-    """Log-probs at collection are the trainer's, not those of an inexact sampler."""
 
     @property
     def shows_logp(self) -> bool:
@@ -151,32 +150,29 @@ def group_terms(method: Method) -> list[Group]:
     return groups
 
 
-def _score(samples: Samples, group: Group, world: World) -> Samples:
-    """Fill in what the row declares that it needs, once for the round."""
+def _score(drawn: Samples, group: Group, world: World) -> Round:
+    """The round with what the row declares that it needs, each computed once; not yet labelled."""
     budget, needs = world.micro_batch_tokens, group.needs
-    exact = samples.logp is not None and getattr(world.policy, "exact_sampler", False)
-    own = {"value"} if "value" in needs and samples.value is None else set()
+    exact = drawn.logp is not None and getattr(world.policy, "exact_sampler", False)
+    own = {"value"} if "value" in needs and drawn.value is None else set()
     if not exact and ("logp" in needs or group.shows_logp):
         own |= {"logp"}
-    drawn = samples.logp
-    if own:
-        samples = replace(samples, **outputs_all(world.policy, samples, budget, frozenset(own)))
-    if drawn is not None and "logp" in own and samples.logp is not None:
-        gap = masked_sum(drawn - samples.logp, samples.mask).abs()
-        group.sampler_gap = float(gap.double().mean())
-    group.trained_logp = exact or "logp" in own
+    found = outputs_all(world.policy, drawn, budget, frozenset(own)) if own else {}
+    samples, gap = replace(drawn, **found), None
+    if drawn.logp is not None and "logp" in found:
+        gap = float(masked_sum(drawn.logp - found["logp"], drawn.mask).abs().double().mean())
     if "ref_logp" in needs and samples.ref_logp is None:
         assert world.reference is not None, "the row needs a reference policy"
         samples = replace(samples, ref_logp=score_all(world.reference, samples, budget))
     if "reward" in needs and samples.reward is None:
         judge = world.reward if group.source.draws else world.data_reward or world.reward
         assert judge is not None, "the row needs a reward"
-        found = judge(samples)
-        total, named = found if isinstance(found, tuple) else (found, {})
+        judged = judge(samples)
+        total, named = judged if isinstance(judged, tuple) else (judged, {})
         extra = samples.extra | {f"{PART}{name}": part for name, part in named.items()}
         samples = replace(samples, reward=total, extra=extra)
         group.queries += samples.row.shape[-1] * samples.tokens.shape[-2]
-    return samples
+    return Round(samples, [], [], trained_logp=exact or "logp" in own, sampler_gap=gap)
 
 
 def _steer(group: Group, samples: Samples) -> None:
@@ -211,13 +207,13 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
     `given` stands in for what an on-policy source would draw.
     """
     drawn = group.cursor.drawn
-    samples = _score(_collect(group, world, version, given), group, world)
+    fresh = _score(_collect(group, world, version, given), group, world)
+    samples, labelled = fresh.samples, fresh.batches
     if group.steered:
         _steer(group, samples)
     num_responses = samples.tokens.shape[-2]
     per_update = group.prompts_per_update(world.batch_size, num_responses)
 
-    labelled: list[Batch] = []
     for i, term in enumerate(group.terms):
         twin = next((j for j in range(i) if group.terms[j].labeller == term.labeller), None)
         own = {SEED: torch.tensor(world.seed), **group.states[i]}
@@ -229,13 +225,12 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
         labelled.append(batch)
 
     num_prompts = samples.row.shape[-1]
-    minibatches: list[Tensor] = []
     for number in range(group.source.passes):
         # the first pass keeps the order of collection, which is already shuffled
         key = stream_key(world.seed, group.source, "passes", drawn)
         order = permutation(key, number, num_prompts) if number else torch.arange(num_prompts)
-        minibatches.extend(order.split(per_update))
-    group.round = Round(samples, labelled, minibatches)
+        fresh.minibatches.extend(order.split(per_update))
+    group.round = fresh
 
 
 def next_minibatch(group: Group) -> tuple[Samples, list[Batch]]:

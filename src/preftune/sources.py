@@ -7,23 +7,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from preftune.collecting import Context, Cursor, Data, Source, rows_of
+from preftune.collecting import Context, Data, Source, rows_of
 from preftune.numerics import stream_key, uniform
 from preftune.policies.base import Policy
 from preftune.samples import DATA, REFERENCE, Samples, beside, join
-
-__all__ = [
-    "Context",
-    "Cursor",
-    "Data",
-    "Offline",
-    "OnPolicy",
-    "Pool",
-    "Reference",
-    "Source",
-    "good",
-    "join",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,18 +124,16 @@ class Reference:
         assert ctx.reference is not None, "the reference source needs the reference policy"
         key = ctx.key(self)
         rows = ctx.next_rows(n, key, wrap=False) if prompts is None else prompts
-        keys = [ctx.place << 40 | int(r) for r in rows]  # members of a pool keep their own
-        fresh = torch.tensor(
-            [r for r, k in zip(rows.tolist(), keys, strict=True) if k not in ctx.kept]
-        )
+        keys = {r: ctx.place << 40 | r for r in rows.tolist()}  # members of a pool keep their own
+        fresh = torch.tensor([r for r in rows.tolist() if keys[r] not in ctx.kept])
         if len(fresh):
             drawn = _draw(
                 ctx.reference, ctx.rows, fresh, self.samples_per_prompt, key, fresh, REFERENCE
             )
             drawn = replace(drawn, logp=None)  # the reference's, not the policy's
             for i, row in enumerate(fresh.tolist()):
-                ctx.kept[ctx.place << 40 | row] = drawn.take(torch.tensor([i]))
-        return join([ctx.kept[k] for k in keys])
+                ctx.kept[keys[row]] = drawn.take(torch.tensor([i]))
+        return join([ctx.kept[keys[r]] for r in rows.tolist()])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,11 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from preftune import labellers, objectives, sources
+from preftune.collecting import Source
 from preftune.errors import UserError, nearest
 from preftune.method import Method, resolve
 from preftune.samples import Samples
-from preftune.terms import Term, loss_sum
+from preftune.terms import PLAIN, Term, loss_sum
 from preftune.values import checked, kinds_of, plain
 
 SOURCES: dict[str, Any] = {
@@ -46,8 +47,7 @@ LABELLERS: dict[str, Any] = {
     "unlabelled": labellers.Unlabelled,
     "member": labellers.Member,
 }
-_PLAIN = ("weight", "share", "level", "unit", "max_ratio")
-_KEYS = ("source", "labeller", "objective", "settings", *_PLAIN)
+_KEYS = ("source", "labeller", "objective", "settings", *PLAIN)
 ROW_KEYS = ("name", "terms", "reference_update", "target_kl")
 """Of a row in YAML."""
 
@@ -119,7 +119,7 @@ def _term(where: str, data: Any) -> Term:
     kinds = get_type_hints(Term)
     rest: dict[str, Any] = {
         k: checked(f"{where}.{k}", data[k], float if k in ("weight", "share") else kinds[k])
-        for k in _PLAIN
+        for k in PLAIN
         if k in data
     }
     settings = data.get("settings") or {}
@@ -252,7 +252,7 @@ def _build(where: str, data: Any, known: Mapping[str, Callable[..., Any]]) -> An
 
 def _field(where: str, data: Any, kind: Any) -> Any:
     """A field's value: a plain one, a part of its own, or a pool's members."""
-    if get_args(kind)[:1] == (sources.Source,):
+    if get_args(kind)[:1] == (Source,):
         if not isinstance(data, list) or len(data) < 2:
             raise UserError(f"{where}: must be a list of two sources or more.")
         return tuple(_build(f"{where}.{i}", x, SOURCES) for i, x in enumerate(data))

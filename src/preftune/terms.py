@@ -17,16 +17,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from preftune.collecting import Source
 from preftune.labellers import Labeller
 from preftune.numerics import masked_sum
 from preftune.objectives import kl_loss, reverse_kl
 from preftune.samples import Batch, Samples
-from preftune.sources import Source
 
 Objective = Callable[..., Tensor]
 _NOW = ("logp", "value", "collision", "score")
 _FIELDS = {"logp_old": "logp", "value_old": "value", "ref_logp": "ref_logp"}
 _SCORES = (*_NOW, *_FIELDS, "len")
+PLAIN = ("weight", "share", "level", "unit", "max_ratio")
+"""Fields of a term that are no parts of their own."""
 _A_RESPONSE = ("len", "score")
 """One number a response at every level."""
 

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preftune.numerics import stream_key, uniform
+from preftune.numerics import sample_index, stream_key, uniform
 from preftune.policies.categorical import Categorical
 from preftune.samples import DATA, Samples
+from preftune.theory.closed_form import kl
 
 ARMS = 100
 LOCATION, SCALE = -0.7, 0.4
@@ -106,14 +107,14 @@ def exact(
         reward: of each arm.
         near: 1 at the arms that count as near the optimum, else 0.
     """
-    p, q = logp.exp(), ref_logp.exp()
-    ratio = logp - ref_logp
+    p = logp.exp()
 
     def mean(x: Tensor) -> Tensor:
         return x.sum(-1).mean(-1)
 
     return Exact(
-        reward=mean(p * reward), reverse_kl=mean(p * ratio), forward_kl=mean(-q * ratio),
+        reward=mean(p * reward), reverse_kl=kl(logp, ref_logp).mean(-1),
+        forward_kl=kl(ref_logp, logp).mean(-1),
         entropy=mean(-p * logp), mass_near=mean(p * near),
     )  # fmt: skip
 
@@ -169,7 +170,7 @@ class BanditData:
         rows = torch.as_tensor(index)
         prompt, prompt_mask = self.prompts_only(rows)
         draw = uniform(stream_key(self.seed, "pairs"), rows[:, None], torch.arange(2))
-        arms = torch.searchsorted(self.probs.cumsum(0), draw).clamp(max=len(self.probs) - 1)
+        arms = sample_index(self.probs.expand(*draw.shape, -1).contiguous(), draw)
         rewards = self.reward[arms]
         arms = torch.where((rewards[:, :1] < rewards[:, 1:]), arms.flip(-1), arms)
         tokens = (arms if responses is None else arms[:, responses]).unsqueeze(-1)
