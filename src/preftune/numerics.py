@@ -1,6 +1,8 @@
 """Masked sums, chunked token log-probs, and counter-based random draws."""
 
+import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,17 +150,29 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def uniform(key: int, *counters: Tensor | int) -> Float[Tensor, "..."]:
-    """Uniform float64 draws in [0, 1), one for each element of the broadcast counters."""
-    state = torch.tensor(key, dtype=torch.int64)
+def stream_keys(seeds: Sequence[int], *parts: object) -> Int[Tensor, " R"]:
+    """The key of a stream for each run's seed."""
+    return torch.tensor([stream_key(seed, *parts) for seed in seeds], dtype=torch.int64)
+
+
+def uniform(key: int | Tensor, *counters: Tensor | int) -> Float[Tensor, "..."]:
+    """Uniform float64 draws in [0, 1), one for each element of the broadcast keys and counters."""
+    state = torch.as_tensor(key, dtype=torch.int64)
     for counter in counters:
         value = torch.as_tensor(counter, dtype=torch.int64)
         state = _mix(state + (value + 1) * -7046029254386353131)  # the golden gamma
     return ((state >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
 
 
+def normal(key: int | Tensor, *counters: Tensor | int) -> Float[Tensor, "..."]:
+    """Standard normal float64 draws, by the inverse of the distribution function."""
+    draw = uniform(key, *counters).clamp_(min=2.0**-53)  # at 0 the inverse is infinite
+    return math.sqrt(2.0) * torch.erfinv(2.0 * draw - 1.0)
+
+
+@functools.lru_cache(maxsize=16)
 def permutation(key: int, epoch: int, n: int) -> Int[Tensor, " n"]:
-    """The order of n things in an epoch."""
+    """The order of n things in an epoch. Kept for the next call: not to be changed in place."""
     return torch.argsort(uniform(key, epoch, torch.arange(n)), stable=True)
 
 
