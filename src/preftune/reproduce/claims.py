@@ -1,0 +1,153 @@
+"""Claims as `claims.yaml` fixes them before they are run, and how a measurement becomes a verdict."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from preftune.errors import UserError, nearest
+from preftune.figures import interval
+
+Direction = Literal["greater", "less", "within"]
+Verdict = Literal["holds", "does_not_hold", "not_seen"]
+SEEDS = 32
+"""Of a claim that does not say how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A statement that can hold or fail, with the number that decides it."""
+
+    name: str
+    """"" where a claim is one number."""
+    claim: str
+    statistic: str
+    direction: Direction
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One id of `claims.yaml`."""
+
+    id: str
+    source: str
+    settings: Mapping[str, Any]
+    parts: tuple[Part, ...]
+    claim: str
+    seeds: int = SEEDS
+    scale: str = "bandit"
+    label_source: str = "true"
+    group: str = "bandits"
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What a claim's runs gave."""
+
+    values: Mapping[str, Tensor]
+    """Of each part, the statistic of each seed, [S] float64; one number where no seed enters."""
+    rows: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """The data behind it and behind the figure, a dict a row."""
+    figure: Any = None
+    """A plotly figure, or None."""
+    notes: Sequence[str] = ()
+    """What a reader must know beside the number."""
+
+
+Experiment = Callable[[Claim, Sequence[int], Any], Measured]
+"""(claim, seeds, laboratory) -> what was measured. The laboratory runs studies."""
+
+
+def load() -> dict[str, Claim]:
+    """Every claim, in the order of the file."""
+    import yaml
+
+    text = resources.files("preftune.reproduce").joinpath("claims.yaml").read_text("utf-8")
+    return {name: _claim(name, entry) for name, entry in yaml.safe_load(text).items()}
+
+
+def _claim(name: str, entry: dict[str, Any]) -> Claim:
+    keys = ("statistic", "direction", "margin")
+    listed = entry.pop("parts", None) or {"": {k: entry.pop(k) for k in keys}}
+    parts = tuple(
+        Part(name=part, **({"claim": entry["claim"]} | fields)) for part, fields in listed.items()
+    )
+    return Claim(id=name, parts=parts, **entry)
+
+
+def choose(ids: Sequence[str]) -> list[Claim]:
+    """The claims of these ids or groups; all if none is given.
+
+    Raises:
+        UserError: an id that is neither.
+    """
+    known = load()
+    groups = {claim.group for claim in known.values()}
+    wanted: dict[str, Claim] = {}
+    for name in ids or sorted(groups):
+        if name not in known and name not in groups:
+            raise UserError(
+                f"claim '{name}' is unknown.{nearest(name, [*known, *groups])} "
+                "See preftune reproduce --list."
+            )
+        wanted |= {k: c for k, c in known.items() if name in (k, c.group)}
+    return [c for c in known.values() if c.id in wanted]
+
+
+def judge(part: Part, low: float, high: float) -> Verdict:
+    """`holds` where the whole interval is beyond the margin, `does_not_hold` where all of it is
+    short of it, `not_seen` between."""
+    m = part.margin
+    if part.direction == "within":
+        inside, outside = -m < low and high < m, low > m or high < -m
+    elif part.direction == "greater":
+        inside, outside = low > m, high < m
+    else:
+        inside, outside = high < m, low > m
+    return "holds" if inside else "does_not_hold" if outside else "not_seen"
+
+
+def verdicts(claim: Claim, measured: Measured) -> list[dict[str, Any]]:
+    """A row a part: claim, measured mean with its interval over seeds, margin, verdict."""
+    rows = []
+    for part in claim.parts:
+        values = measured.values[part.name].double()
+        assert torch.isfinite(values).all(), f"{claim.id}: a seed's statistic is not finite"
+        found = interval(values[:, None])
+        low, high = found["low"], found["high"]
+        exact = low is None or high is None  # one number: no seed enters it
+        low, high = (float(values[0]),) * 2 if exact else (low, high)
+        rows.append({
+            **listed(claim, part), "measured": found["value"], "interval": [low, high],
+            "seeds": 0 if exact else len(values), "verdict": judge(part, low, high),
+        })  # fmt: skip
+    return rows
+
+
+def listed(claim: Claim, part: Part) -> dict[str, Any]:
+    """A part that has not been run: the same row without numbers."""
+    return {
+        "id": claim.id, "part": part.name, "claim": part.claim, "statistic": part.statistic,
+        "source": claim.source, "scale": claim.scale, "label_source": claim.label_source,
+        "measured": None, "interval": None, "direction": part.direction, "margin": part.margin,
+        "seeds": claim.seeds, "verdict": None, "settings": dict(claim.settings),
+    }  # fmt: skip
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+"""By the id of the claim."""
+
+
+def experiment(*ids: str) -> Callable[[Experiment], Experiment]:
+    """Register what measures the claims of these ids."""
+
+    def add(function: Experiment) -> Experiment:
+        assert not EXPERIMENTS.keys() & set(ids), f"{ids} are measured already"
+        EXPERIMENTS.update(dict.fromkeys(ids, function))
+        return function
+
+    return add
