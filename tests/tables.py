@@ -97,6 +97,12 @@ def row_of(name: str, **settings: Any) -> methods.Method:
     return methods.resolve(methods.configure(methods.get(name), settings))
 
 
+def gradient(*args: Any) -> tuple[Tensor | None, dict[str, Any]]:
+    """An update's loss and metrics; its gradient stands in the parameters."""
+    found = loop.gradient(*args)
+    return found.loss, found.measures.result()
+
+
 def begin(
     row: methods.Method, world: World, max_steps: int = 6, rate: float = 0.05, **more: Any
 ) -> tuple[loop.State, loop.Settings]:

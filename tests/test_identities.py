@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tables
 import tiny_models as tiny
-from preftune import config, loop, train
+from preftune import config, train
 from preftune import objectives as o
 from preftune.huggingface import load_tokenizer
 from preftune.labellers import Advantage, Best, BestWorst, Demonstration, RewardWeights, Unlabelled
@@ -33,7 +33,7 @@ def gradient(row: Method, world: World, given: Samples | None = None) -> dict[st
     """Of one update, by parameter, and the loss."""
     for parameter in world.policy.parameters():
         parameter.grad = None
-    loss, _ = loop.gradient(group_terms(row), world, 0, given)
+    loss, _ = tables.gradient(group_terms(row), world, 0, given)
     found = {n: p.grad for n, p in world.policy.named_parameters() if p.grad is not None}
     return {"loss": loss} | {n: g.clone() for n, g in found.items()}
 
@@ -172,7 +172,7 @@ def test_the_order_within_a_pass_changes_nothing_of_its_sum(name):
         world.policy.logits.grad = None
         taken = []
         for _ in range(3):
-            loop.gradient(groups, world, 0)
+            tables.gradient(groups, world, 0)
             taken.append(groups[0].round.minibatches[groups[0].round.taken - 1].tolist())
         sums.append((world.policy.logits.grad.clone(), taken))
     assert sums[0][1] != sums[1][1] and groups[0].round.spent and groups[0].cursor.drawn == 6
@@ -255,7 +255,7 @@ def test_minibatches_narrower_than_their_round_can_be_trained(tiny_model, ragged
     (group,) = groups = group_terms(parts.method)
     refill(group, world, 0, given)
     for _ in range(6):
-        loop.gradient(groups, world, 0)
+        tables.gradient(groups, world, 0)
     assert group.round.spent
     pieces = {n: p.grad / 6 for n, p in world.policy.named_parameters()}
     whole = gradient(parts.method, replace(world, batch_size=6), given)

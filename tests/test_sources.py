@@ -297,14 +297,14 @@ def test_log_probs_at_collection_are_the_policys_whoever_drew(source):
 def test_runs_of_a_study_have_the_gradients_that_they_have_alone(name):
     """Three runs of one shape in one tensor program, and each by itself."""
     study = make_world(name, table=Table(runs=(3,)))
-    loop.gradient(group_terms(row_of(name)), study, 0)
+    tables.gradient(group_terms(row_of(name)), study, 0)
     for r in range(3):
         alone = make_world(name)
         with torch.no_grad():
             if name != "reward":
                 alone.policy.logits.copy_(study.policy.logits[r])
             alone.reference.logits.copy_(study.reference.logits[r])
-        loop.gradient(group_terms(row_of(name)), alone, 0)
+        tables.gradient(group_terms(row_of(name)), alone, 0)
         pairs = zip(study.policy.parameters(), alone.policy.parameters(), strict=True)
         for both, own in pairs:
             torch.testing.assert_close(both.grad[r], own.grad, rtol=0, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from preftune.errors import UserError
-from preftune.numerics import permutation, stream_key
+from preftune.numerics import permutation, stream_key, stream_keys
 from preftune.policies.base import Policy, Trainable, as_policy
 from preftune.samples import Samples
 
@@ -41,6 +41,11 @@ class Cursor:
     """Prompts ever taken: the counter of the random stream."""
 
 
+def shared_seed(seed: int | tuple[int, ...]) -> int:
+    """The seed of what all runs of a study share: the order of rows."""
+    return seed if isinstance(seed, int) else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a source may use while it collects."""
@@ -51,7 +56,8 @@ class Context:
     reference: Policy | None
     version: int
     """Optimizer steps that the policy has taken."""
-    seed: int
+    seed: int | tuple[int, ...]
+    """Of a study, one a run."""
     cursor: Cursor
     kept: dict[int, Samples]
     """What a source drew once and for all, by row of the data."""
@@ -72,15 +78,27 @@ class Context:
         return self.data
 
     def key(self, source: "Source") -> int:
-        """The source's random stream: by what it is, and its place inside a pool."""
-        return stream_key(self.seed, source, *([self.place] if self.place else []))
+        """The stream of the source's order: by what it is, and its place inside a pool. It is one
+        for all runs of a study, whose data differ row by row."""
+        return stream_key(shared_seed(self.seed), *self._name(source))
+
+    def draw_key(self, source: "Source") -> int | Tensor:
+        """The stream of the source's draws; of a study, [R]: each run has its own."""
+        if isinstance(self.seed, int):
+            return stream_key(self.seed, *self._name(source))
+        return stream_keys(self.seed, *self._name(source))
+
+    def _name(self, source: "Source") -> list[object]:
+        return [source, *([self.place] if self.place else [])]
 
     def next_rows(self, n: int, key: int, *, wrap: bool) -> Tensor:
         """The next n rows, in a fresh order each epoch; unless `wrap`, its end cuts them short."""
         total = len(self.rows)
         rows: list[Tensor] = []
         while n > 0:
-            order = permutation(stream_key(self.seed, key, "order"), self.cursor.epoch, total)
+            order = permutation(
+                stream_key(shared_seed(self.seed), key, "order"), self.cursor.epoch, total
+            )
             part = order[self.cursor.position : self.cursor.position + n]
             rows.append(part)
             self.cursor.position += len(part)

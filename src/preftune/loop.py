@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from preftune.errors import GuardStop
-from preftune.measures import Measures
+from preftune.measures import Measures, numbers
 from preftune.method import Method
+from preftune.optimizer import Optimizer, make
 from preftune.policies.scoring import micro_batches
 from preftune.rounds import Group, World, group_terms, next_minibatch, refill
 from preftune.samples import Batch, Samples
@@ -30,7 +31,8 @@ class Settings:
     """How the loop updates; what an update is, is the row's."""
 
     max_steps: int
-    learning_rate: float
+    learning_rate: float | tuple[float, ...]
+    """One, or one a run of a study."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -59,46 +61,70 @@ class State:
     method: Method
     world: World
     groups: list[Group]
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
+    stopped: Tensor
+    """[*R]: runs of a study that were not finite and stay as they were before; the others go on."""
     step: int = 0
     version: int = 0
-    """Optimizer steps taken (an update without any item makes none)."""
+    """Optimizer steps taken (an update without any item makes none; of a study, all updates)."""
     seconds: float = 0.0
     warned: set[str] = field(default_factory=set)
 
 
 def start(method: Method, world: World, settings: Settings) -> State:
     """A run at step 0."""
-    parameters = list(world.policy.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    return State(method=method, world=world, groups=group_terms(method), optimizer=optimizer)
+    shape = world.policy.batch_shape
+    return State(
+        method=method, world=world, groups=group_terms(method),
+        optimizer=make(world.policy.parameters(), shape, settings.weight_decay),
+        stopped=torch.zeros(shape, dtype=torch.bool),
+    )  # fmt: skip
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """The rate of update `step` (from 0): linear warm-up, then the schedule down to 0."""
+def rate_factor(settings: Settings, step: int) -> float:
+    """Of the learning rate in update `step` (from 0): linear warm-up, then the schedule to 0."""
     warmup = math.ceil(settings.warmup_ratio * settings.max_steps)
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     done = (step - warmup) / max(1, settings.max_steps - warmup)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return settings.learning_rate * factor[settings.lr_schedule]
+    return factor[settings.lr_schedule]
+
+
+def learning_rate(settings: Settings, step: int) -> float | Tensor:
+    """The rate of update `step` (from 0), [R] where each run has its own."""
+    base, factor = settings.learning_rate, rate_factor(settings, step)
+    if isinstance(base, tuple):
+        return torch.tensor(base, dtype=torch.float64) * factor
+    return base * factor
+
+
+@dataclass
+class Found:
+    """What a gradient came with."""
+
+    loss: Tensor | None
+    """[*R], float64; None where no item remains in any run."""
+    items: Tensor
+    """[*R]: some item remains in this run."""
+    measures: Measures
 
 
 def gradient(
-    groups: Sequence[Group], world: World, version: int, given: Samples | None = None
-) -> tuple[Tensor | None, Metrics]:
+    groups: Sequence[Group],
+    world: World,
+    version: int,
+    given: Samples | None = None,
+    measure: bool = True,
+) -> Found:
     """Accumulate one update's gradient in the policy's parameters.
 
     Each term is normalised by its own count over the whole minibatch, known before the first
     forward, so the size of the micro-batches does not matter.
-
-    Returns:
-        the loss [*R] (None where no item remains) and the update's metrics.
     """
-    total, found = torch.zeros(world.policy.batch_shape, dtype=torch.float64), False
-    measures = Measures()
+    shape = world.policy.batch_shape
+    total, found = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
+    measures = Measures(shape, on=measure)
     for group in sorted(groups, key=lambda g: not g.leads):  # it brings the reference along
         if group.round is None or group.round.spent:
             refill(group, world, version, given)
@@ -107,13 +133,14 @@ def gradient(
         measures.minibatch(group, samples, labelled, version)
         samples, labelled = narrow(samples, labelled)
         counts = [count(t, samples, b) for t, b in zip(group.terms, labelled, strict=True)]
-        if not any(bool((c > 0).any()) for c in counts):
+        left = torch.stack(counts).amax(0) > 0
+        if not bool(left.any()):
             continue
+        found = found if group.idle else found | left
         for index in micro_batches(samples, world.micro_batch_tokens):
             part, items = trimmed(samples.take(index), [b.take(index) for b in labelled])
-            loss = _micro_batch(group, world, part, items, counts, measures)
-            total, found = total + loss, found or not group.idle
-    return (total if found else None), measures.result()
+            total = total + _micro_batch(group, world, part, items, counts, measures)
+    return Found(total if bool(found.any()) else None, found, measures)
 
 
 def _micro_batch(
@@ -134,44 +161,60 @@ def _micro_batch(
             summed, arguments = loss_sum(term, samples, batch, now)
             mean = summed / n.clamp(min=1).to(dtype)
             measures.term(group, i, samples, batch, arguments, mean)
-            loss = loss + group.factor(i) * mean if term.factor else loss
+            loss = loss + group.factor(i) * mean if not term.idle else loss
     if not group.idle:
         loss.sum().backward()
     return loss.detach().double()
 
 
-def update(run: State, settings: Settings) -> Metrics:
+def update(run: State, settings: Settings, measure: bool = True) -> Metrics:
     """One update of the policy.
 
+    Args:
+        measure: False leaves out the metrics that cost time.
+
     Raises:
-        GuardStop: the loss or the gradient is not finite (the weights are left as they were).
+        GuardStop: the loss or the gradient is not finite (the weights are left as they were); in a
+            study, that of every run.
     """
     began = time.perf_counter()
-    run.optimizer.zero_grad(set_to_none=True)
-    loss, metrics = gradient(run.groups, run.world, run.version)
+    run.optimizer.zero_grad()
+    measure = measure or any(t.max_ratio is not None for g in run.groups for t in g.terms)
+    found = gradient(run.groups, run.world, run.version, measure=measure)
+    metrics: Metrics = found.measures.result() if measure else {}
     metrics |= _so_far(run.groups)
     rate = learning_rate(settings, run.step)
-    metrics |= {"loss": None if loss is None else float(loss.mean()), "learning_rate": rate}
-    if loss is not None:
-        norm = torch.nn.utils.clip_grad_norm_(
-            list(run.world.policy.parameters()), settings.max_grad_norm
-        )
-        metrics["grad_norm"] = float(norm)
-        if not (torch.isfinite(loss).all() and torch.isfinite(norm)):
-            raise GuardStop(
-                f"step {run.step + 1}: the loss is {metrics['loss']} "
-                f"and the gradient norm {float(norm)}. "
-                "Lower learning_rate, or look at the batch's rewards and lengths."
-            )
-        if not metrics.get("skipped"):
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            run.optimizer.step()
-            run.version += 1
+    metrics |= {"loss": None, "learning_rate": numbers(rate)}
+    if found.loss is not None:
+        norm = run.optimizer.clip(settings.max_grad_norm)
+        metrics |= {"loss": _shown(found.loss, found.items), "grad_norm": numbers(norm)}
+        _guard(run, found.loss, norm)
+        active = found.items & ~run.stopped & ~found.measures.skipped()
+        run.optimizer.step(rate, active)
+        if bool(active.any()):
+            run.version += not run.world.policy.batch_shape
             _follow(run)
+    run.version += bool(run.world.policy.batch_shape)  # of a run, whatever the others do
     run.step += 1
     run.seconds += time.perf_counter() - began
     return metrics | {"seconds": run.seconds}
+
+
+def _shown(loss: Tensor, items: Tensor) -> Any:
+    """A run without any item has no loss."""
+    return numbers(loss.masked_fill(~items, torch.nan)) if loss.ndim else float(loss)
+
+
+def _guard(run: State, loss: Tensor, norm: Tensor) -> None:
+    """Stop a run whose loss or gradient is not finite; all runs stopped, stop the program."""
+    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    run.stopped |= bad
+    if bool(run.stopped.all()):
+        raise GuardStop(
+            f"step {run.step + 1}: the loss is {numbers(loss)} "
+            f"and the gradient norm {numbers(norm)}. "
+            "Lower learning_rate, or look at the batch's rewards and lengths."
+        )
 
 
 def _so_far(groups: Iterable[Group]) -> Metrics:
@@ -192,8 +235,9 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
     if run.step == 0 and hooks.evaluate and settings.eval_every:
         hooks.log(0, hooks.evaluate(0))
     while run.step < settings.max_steps:
-        metrics = update(run, settings)
-        step, last = run.step, run.step == settings.max_steps
+        step, last = run.step + 1, run.step + 1 == settings.max_steps
+        logged = step % settings.log_every == 0 or last
+        metrics = update(run, settings, measure=logged)
         if metrics["loss"] is None and "ties" not in run.warned:
             run.warned.add("ties")
             hooks.warn(
@@ -202,7 +246,7 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
             )
         if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
             metrics |= hooks.evaluate(step)
-        if step % settings.log_every == 0 or last:
+        if logged:
             hooks.log(step, metrics)
         if hooks.save and settings.save_every and (step % settings.save_every == 0 or last):
             hooks.save(run)

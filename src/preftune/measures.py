@@ -1,9 +1,8 @@
-"""Metrics of an update, taken from the tensors that it computes anyway.
+"""Metrics of an update, taken from the tensors that it computes anyway: one number, or one a run.
 
 `DOCUMENTED` is the one list of their names; docs/metrics.md is made from it.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,31 +58,66 @@ DOCUMENTED = {
 
 
 class Measures:
-    """Weighted means over the micro-batches of one update, and what needs the whole of it."""
+    """Weighted means over the micro-batches of one update, and what needs the whole of it.
 
-    def __init__(self) -> None:
-        self._sum: dict[str, float] = defaultdict(float)
-        self._weight: dict[str, float] = defaultdict(float)
-        self._plain: dict[str, float] = {}
-        self._all: dict[str, list[Tensor]] = defaultdict(list)
+    Every figure has the batch shape of the policy: a study of R runs has R of each.
+    """
+
+    def __init__(self, batch_shape: tuple[int, ...] = (), on: bool = True) -> None:
+        """
+        Args:
+            on: False measures nothing (an update that is not logged).
+        """
+        self.on = on
+        self._shape = batch_shape
+        self._sum: dict[str, Tensor] = {}
+        self._weight: dict[str, Tensor] = {}
+        self._plain: dict[str, Any] = {}
+        self._all: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._skip_above: float | None = None
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """[*R, m] of anything [*R, ...]; a single number is every run's."""
+        if values.ndim < len(self._shape):
+            values = values.expand(self._shape)
+        return values.reshape(*self._shape, -1)
 
     def add(self, name: str, values: Tensor, keep: Tensor | None = None) -> None:
         """Take `values` (where `keep`) into the mean of that name."""
-        values = values.detach().double()
-        if keep is not None:
-            values = values[keep.expand(values.shape)]
-        self._sum[name] += float(values.sum())
-        self._weight[name] += values.numel()
+        keep = torch.ones_like(values, dtype=torch.bool) if keep is None else keep
+        values, keep = self._flat(values.detach().double()), self._flat(keep.expand(values.shape))
+        total = masked_sum(values, keep)
+        self._sum[name] = self._sum[name] + total if name in self._sum else total
+        weight = keep.sum(-1)
+        self._weight[name] = self._weight[name] + weight if name in self._weight else weight
 
-    def count(self, name: str, number: float) -> None:
+    def count(self, name: str, number: float | Tensor) -> None:
         """Add to the total of that name."""
         self._plain[name] = self._plain.get(name, 0) + number
+
+    def _keep_all(self, name: str, values: Tensor, keep: Tensor) -> None:
+        """Every value, for what no running sum gives."""
+        pair = (self._flat(values.detach().double()), self._flat(keep.expand(values.shape)))
+        self._all.setdefault(name, []).append(pair)
+
+    def _joined(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Values [*R, m] that were kept under the name, and which of them count."""
+        if name not in self._all:
+            return None
+        values, keep = zip(*self._all[name], strict=True)
+        return torch.cat(values, -1), torch.cat(keep, -1)
+
+    @property
+    def _stale(self) -> bool:
+        """Some sample of the update is older than the policy."""
+        return "staleness" in self._sum and bool((self._sum["staleness"] != 0).any())
 
     def minibatch(
         self, group: Group, samples: Samples, labelled: list[Batch], version: int
     ) -> None:
         """What is known before the forward pass."""
+        if not self.on:
+            return
         if samples.reward is not None:
             self.add("reward", samples.reward)
         for name, part in samples.extra.items():
@@ -91,20 +125,28 @@ class Measures:
                 self.add(name, part)
         for batch in labelled:
             if batch.roles:
-                items = batch.index.shape[:-1].numel()
-                kept = items if batch.keep is None else int(batch.keep.sum())
-                self.count("pairs", kept)
-                if "reward" in group.needs:
-                    self.count("tied", items - kept)
-        for term, state in zip(group.terms, group.states, strict=True):
+                self._count_pairs(batch, "reward" in group.needs)
+        for i, (term, state) in enumerate(zip(group.terms, group.states, strict=True)):
             if KL_SCALE in state and term.kl_coefficient:
-                self.add("kl_coefficient", term.kl_coefficient * state[KL_SCALE])
+                now = (
+                    group.factor(i) if term.penalises_kl else term.kl_coefficient * state[KL_SCALE]
+                )
+                self.add("kl_coefficient", torch.as_tensor(now))
         if group.source.on_policy:
             self._fresh(group, samples, version)
         ratios = [t.max_ratio for t in group.terms if t.max_ratio is not None]
         self._skip_above = min(
             [*ratios, *([self._skip_above] if self._skip_above else [])], default=None
         )
+
+    def _count_pairs(self, batch: Batch, ranked: bool) -> None:
+        """Pairs kept, and those that tied in a reward."""
+        items = batch.index.shape[len(self._shape) : -1].numel()
+        kept = torch.full(self._shape, items)
+        kept = kept if batch.keep is None else self._flat(batch.keep).sum(-1)
+        self.count("pairs", kept)
+        if ranked:
+            self.count("tied", items - kept)
 
     def _fresh(self, group: Group, samples: Samples, version: int) -> None:
         """Of the policy's own samples."""
@@ -120,22 +162,22 @@ class Measures:
         if group.round.trained_logp and samples.ref_logp is not None:
             # of all samples: those that a labeller picks by their reward give no KL
             self.add("kl", log_ratio(samples), fresh)
-        if group.round.sampler_gap is not None and self._sum["staleness"] == 0:
+        if group.round.sampler_gap is not None and not self._stale:
             self._plain["sampler_gap"] = group.round.sampler_gap
 
     def outputs(self, group: Group, samples: Samples, now: Mapping[str, Tensor]) -> None:
         """What the forward pass of a micro-batch shows of the policy on a source's samples."""
-        if "logp" not in now or samples.logp is None or not group.source.on_policy:
+        if not self.on or "logp" not in now or samples.logp is None or not group.source.on_policy:
             return
         assert group.round is not None, "a minibatch is of a round"
         fresh, logp = samples.origin >= 0, now["logp"].detach()
         moved = torch.where(samples.mask, logp - samples.logp.to(logp), 0.0)
-        if self._sum["staleness"] == 0 and group.round.sampler_gap is None:
+        if not self._stale and group.round.sampler_gap is None:
             self.add("sampler_gap", moved.sum(-1).abs(), fresh)
         if not group.round.trained_logp:
             return
-        self._all["moved"].append(moved.sum(-1)[fresh])
-        self._all["token_moved"].append(moved[samples.mask & fresh.unsqueeze(-1)])
+        self._keep_all("moved", moved.sum(-1), fresh)
+        self._keep_all("token_moved", moved, samples.mask & fresh.unsqueeze(-1))
 
     def term(
         self,
@@ -147,16 +189,20 @@ class Measures:
         mean: Tensor,
     ) -> None:
         """What the forward pass of a micro-batch shows of the group's term i."""
+        if not self.on:
+            return
         term = group.terms[i]
-        self.count(f"loss_{group.places[i]}", float(mean.detach().mean()))
+        self.count(f"loss_{group.places[i]}", mean.detach().double())
         mask = gather(samples.mask, batch.index, True) if term.level == "token" else None
         if "value_old" in arguments:
             for name in ("target", "value_old"):
-                self._all[name].append(arguments[name].detach().double()[mask])
+                x = arguments[name]
+                self._keep_all(
+                    name, x, torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+                )
         if "logp_old" in arguments and "clip" in arguments:
             ratio = (arguments["logp"] - arguments["logp_old"]).detach().exp()
-            outside = (ratio - 1).abs() > arguments["clip"]
-            self.add("clip_fraction", outside, mask)
+            self.add("clip_fraction", (ratio - 1).abs() > arguments["clip"], mask)
         if set(batch.roles) == {"chosen", "rejected"}:
             self._pairs(batch, arguments)
         elif term.labeller.labelled and "logp" in arguments:
@@ -181,32 +227,58 @@ class Measures:
             self.add("margin", margin, batch.keep)
             self.add("accuracy", 0.5 * (1 + torch.sign(margin)), batch.keep)
 
+    def skipped(self) -> Tensor:
+        """[*R]: the update is to be left out, as its mean ratio is above max_ratio."""
+        ratios = self._ratios()
+        if self._skip_above is None or "ratio_mean" not in ratios:
+            return torch.zeros(self._shape, dtype=torch.bool)
+        return ratios["ratio_mean"] > self._skip_above
+
     def result(self) -> dict[str, Any]:
-        """The figures, by name."""
-        means = {n: self._sum[n] / self._weight[n] for n in self._sum if self._weight[n]}
+        """The figures, by name: numbers, or lists of one a run."""
+        seen = {n: w for n, w in self._weight.items() if bool((w > 0).any())}
+        means = {n: self._sum[n] / w for n, w in seen.items()}  # 0 / 0: nothing of that run
         losses = [n for n in self._plain if n.startswith("loss_")]
         plain = {n: v for n, v in self._plain.items() if n not in losses or len(losses) > 1}
-        out: dict[str, Any] = {**plain, **means, **self._ratios()}
-        if self._all["target"]:
-            target, value = (torch.cat(self._all[n]) for n in ("target", "value_old"))
-            spread = target.var(correction=0)
-            left = (target - value).var(correction=0)
-            out["explained_variance"] = float(1 - left / spread) if spread > 0 else None
+        out: dict[str, Any] = {**plain, **means, **self._ratios(), **self._explained()}
         if self._skip_above is not None:
-            out["skipped"] = int(out.get("ratio_mean", 1.0) > self._skip_above)
-        return out
+            out["skipped"] = self.skipped().int()
+        return {n: numbers(v) for n, v in out.items()}
 
-    def _ratios(self) -> dict[str, float]:
-        """How far the policy has moved from the one that drew the samples."""
-        moved = [x for x in self._all["moved"] if x.numel()]
-        if not moved:
+    def _explained(self) -> dict[str, Any]:
+        """How much of the value head's target it foresaw."""
+        target, value = self._joined("target"), self._joined("value_old")
+        if target is None or value is None:
             return {}
-        sequences = torch.cat(moved).double()
-        tokens = torch.cat(self._all["token_moved"]).double()
-        weight = (sequences - sequences.max()).exp()
-        size = float(weight.sum().square() / weight.square().sum() / len(weight))
+        spread = _variance(*target)
+        left = _variance(target[0] - value[0], target[1])
+        share = torch.where(spread > 0, 1 - left / spread, torch.nan)
+        return {"explained_variance": None if bool(share.isnan().all()) else share}
+
+    def _ratios(self) -> dict[str, Tensor]:
+        """How far the policy has moved from the one that drew the samples."""
+        sequences, tokens = self._joined("moved"), self._joined("token_moved")
+        if sequences is None or tokens is None or not bool(sequences[1].any()):
+            return {}
+        moved, keep = sequences
+        moved = moved.masked_fill(~keep, -torch.inf)
+        weight = (moved - moved.amax(-1, keepdim=True)).exp()
+        size = weight.sum(-1).square() / weight.square().sum(-1) / keep.sum(-1)
+        logs, of = tokens[0].clamp(max=80.0), tokens[1]
         return {
-            "ratio_mean": float(tokens.clamp(max=80.0).exp().mean()),
-            "ratio_max": float(tokens.clamp(max=80.0).max().exp()),
+            "ratio_mean": masked_sum(logs.exp(), of) / of.sum(-1),
+            "ratio_max": logs.masked_fill(~of, -torch.inf).amax(-1).exp(),
             "effective_sample_size": size,
         }
+
+
+def _variance(values: Tensor, keep: Tensor) -> Tensor:
+    """Of the last dim, where kept."""
+    count = keep.sum(-1, keepdim=True)
+    mean = masked_sum(values, keep).unsqueeze(-1) / count
+    return masked_sum((values - mean).square(), keep) / count.squeeze(-1)
+
+
+def numbers(value: Any) -> Any:
+    """A tensor as a number, or as a list of one a run; all else as it is."""
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -99,6 +99,7 @@ def _pushes_down(term: Term) -> bool:
     signals = term.labeller.signals()
     fixed = {n: p for n, p in term.parameters.items() if n not in moving and n not in signals}
     weight = 1.0 if isinstance(term.weight, Times) else term.weight
+    weight = max(weight) if isinstance(weight, tuple) else weight
     for values in itertools.product((-3.0, -1.0), repeat=len(moving)):
         for chosen in itertools.product(*signals.values()):
             logp = {
@@ -164,7 +165,9 @@ def resolve(method: Method) -> Method:
     def fixed(term: Term) -> Term:
         if not isinstance(term.weight, Times):
             return term
-        return replace(term, weight=term.weight.factor * known[term.weight.setting])
+        factor, value = term.weight.factor, known[term.weight.setting]
+        each = isinstance(value, tuple)
+        return replace(term, weight=tuple(factor * v for v in value) if each else factor * value)
 
     return replace(method, terms=tuple(fixed(t) for t in method.terms))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from preftune.collecting import Context, Cursor, Data, Source
+from preftune.collecting import Context, Cursor, Data, Source, shared_seed
 from preftune.kl_control import INTEGRAL, adapt
 from preftune.labellers import State
 from preftune.labellers.base import KL_SCALE, SEED, log_ratio
@@ -40,7 +40,8 @@ class World:
     """What sources that draw are given; often the same."""
     reward: RewardFunction | None
     """Of responses to `prompts`."""
-    seed: int
+    seed: int | tuple[int, ...]
+    """Of a study, one a run."""
     batch_size: int
     """Items an update takes of each source (before `share`)."""
     micro_batch_tokens: int | None
@@ -104,8 +105,11 @@ class Group:
     def factor(self, i: int) -> float | Tensor:
         """Weight of its term i now: a KL's follows the budget, [*R]."""
         term = self.terms[i]
+        factor = term.factor
+        if isinstance(factor, tuple):
+            factor = torch.tensor(factor, dtype=torch.float64)
         scale = self.states[i].get(KL_SCALE) if term.penalises_kl else None
-        return term.factor if scale is None else term.factor * scale
+        return factor if scale is None else factor * scale
 
     @property
     def needs(self) -> frozenset[str]:
@@ -121,7 +125,7 @@ class Group:
     @property
     def idle(self) -> bool:
         """Every term has weight 0: sampled and logged, no backward pass."""
-        return all(t.factor == 0 for t in self.terms)
+        return all(t.idle for t in self.terms)
 
     def prompts_per_update(self, batch_size: int, num_responses: int) -> int:
         """batch_size x share items, in whole prompts; the largest item count among the terms."""
@@ -216,7 +220,7 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
 
     for i, term in enumerate(group.terms):
         twin = next((j for j in range(i) if group.terms[j].labeller == term.labeller), None)
-        own = {SEED: torch.tensor(world.seed), **group.states[i]}
+        own = {SEED: torch.as_tensor(world.seed), **group.states[i]}
         if twin is None:
             batch, group.states[i] = term.labeller(samples, own)
         else:  # what steers a term stays its own
@@ -227,7 +231,7 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
     num_prompts = samples.row.shape[-1]
     for number in range(group.source.passes):
         # the first pass keeps the order of collection, which is already shuffled
-        key = stream_key(world.seed, group.source, "passes", drawn)
+        key = stream_key(shared_seed(world.seed), group.source, "passes", drawn)
         order = permutation(key, number, num_prompts) if number else torch.arange(num_prompts)
         fresh.minibatches.extend(order.split(per_update))
     group.round = fresh

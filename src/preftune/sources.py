@@ -128,7 +128,13 @@ class Reference:
         fresh = torch.tensor([r for r in rows.tolist() if keys[r] not in ctx.kept])
         if len(fresh):
             drawn = _draw(
-                ctx.reference, ctx.rows, fresh, self.samples_per_prompt, key, fresh, REFERENCE
+                ctx.reference,
+                ctx.rows,
+                fresh,
+                self.samples_per_prompt,
+                ctx.draw_key(self),
+                fresh,
+                REFERENCE,
             )
             drawn = replace(drawn, logp=None)  # the reference's, not the policy's
             for i, row in enumerate(fresh.tolist()):
@@ -165,7 +171,13 @@ class OnPolicy:
         rows = ctx.next_rows(n, key, wrap=True) if prompts is None else prompts
         counters = first + torch.arange(len(rows))
         return _draw(
-            ctx.sampler, ctx.rows, rows, self.samples_per_prompt, key, counters, ctx.version
+            ctx.sampler,
+            ctx.rows,
+            rows,
+            self.samples_per_prompt,
+            ctx.draw_key(self),
+            counters,
+            ctx.version,
         )
 
 
@@ -233,15 +245,17 @@ def _draw(
     data: Data,
     rows: Tensor,
     num_responses: int,
-    key: int,
+    key: int | Tensor,
     counters: Tensor,
     origin: int,
 ) -> Samples:
     """Sample responses to rows; `counters` [n] name each prompt's own random numbers."""
 
+    keys = key[..., None, None] if isinstance(key, Tensor) else key
+
     def stream(t: int, shape: tuple[int, ...]) -> Tensor:
         response = torch.arange(shape[-1])
-        return uniform(key, t, (counters[:, None] * num_responses + response).expand(shape))
+        return uniform(keys, t, (counters[:, None] * num_responses + response).expand(shape))
 
     prompt, prompt_mask = data.prompts_only(rows)
     drawn = policy.sample(prompt, prompt_mask, num_responses, stream, origin)

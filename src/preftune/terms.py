@@ -50,8 +50,8 @@ class Term:
     objective: Objective
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the objective: beta, tau, label_smoothing, ..."""
-    weight: float | Times = 1.0
-    """Of the mean loss."""
+    weight: float | Times | tuple[float, ...] = 1.0
+    """Of the mean loss. Like the objective's numbers: one, or one a run of a study."""
     share: float = 1.0
     """Of batch_size that this term's source draws."""
     level: Literal["sequence", "mean", "token"] = "sequence"
@@ -63,10 +63,15 @@ class Term:
     """The update is skipped where the mean ratio of its tokens, now to collection, is above."""
 
     @property
-    def factor(self) -> float:
-        """The weight as a number (`methods.resolve` puts it in place of `Times`)."""
+    def factor(self) -> float | tuple[float, ...]:
+        """The weight in numbers (`methods.resolve` puts them in place of `Times`)."""
         assert not isinstance(self.weight, Times), "weights are resolved before the loop"
-        return float(self.weight)
+        return self.weight
+
+    @property
+    def idle(self) -> bool:
+        """Of weight 0: sampled and logged, no part of the loss."""
+        return not any(self.factor) if isinstance(self.factor, tuple) else self.factor == 0
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -89,7 +94,7 @@ class Term:
         return self.objective in (reverse_kl, kl_loss)
 
     @property
-    def kl_coefficient(self) -> float | None:
+    def kl_coefficient(self) -> float | tuple[float, ...] | None:
         """Strength of the term's KL, in its loss or in its labeller's reward; None: it has none."""
         return self.factor if self.penalises_kl else getattr(self.labeller, "kl", None)
 
@@ -154,9 +159,12 @@ def bind(term: Term, samples: Samples, batch: Batch, now: Mapping[str, Tensor]) 
             arguments[name] = wide(batch.data[name])
             if term.takes(name):  # where the data say nothing (NaN), the setting holds
                 own = term.settings.get(name, parameter.default)
+                own = wide(torch.tensor(own)) if isinstance(own, tuple) else own
                 arguments[name] = torch.where(arguments[name].isnan(), own, arguments[name])
         elif name in term.settings:
-            arguments[name] = term.settings[name]
+            value = term.settings[name]
+            each_run = isinstance(value, tuple)
+            arguments[name] = wide(torch.tensor(value)) if each_run else value
         elif parameter.default is parameter.empty:
             raise AssertionError(f"objective {term.objective.__name__}: nothing provides '{name}'")
     return arguments

@@ -173,7 +173,7 @@ def test_columns_reach_the_loss_through_the_source():
     grads = []
     for table in (plain, soft):
         world = tables.make_world("dpo", table=table, at_reference=True)
-        tables.loop.gradient(group_terms(tables.row_of("dpo")), world, 0)
+        tables.gradient(group_terms(tables.row_of("dpo")), world, 0)
         grads.append(world.policy.logits.grad)
     torch.testing.assert_close(grads[1], 0.5 * grads[0], rtol=0, atol=1e-15)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preftune import loop
+import tables
 from preftune import objectives as o
 from preftune.labellers import Advantage, Best, BestWorst, Labeller, RewardWeights, Unlabelled
 from preftune.method import Method
@@ -64,7 +64,7 @@ def expected(row: Method, world: World, k: int = 2, states: int = 1) -> tuple[Te
     for arms in itertools.product(range(ARMS), repeat=states * k):
         chance = math.prod(p[i // k][a] for i, a in enumerate(arms))
         world.policy.logits.grad = None
-        loss, _ = loop.gradient(group_terms(row), world, 0, round_of(arms, states, k))
+        loss, _ = tables.gradient(group_terms(row), world, 0, round_of(arms, states, k))
         if loss is not None:
             total += chance * world.policy.logits.grad
             value += chance * float(loss)
@@ -162,7 +162,9 @@ def test_the_kl_term_on_one_pair_of_samples(drawn):
     world = make()
     p = world.policy.logits.detach().softmax(-1)[0].tolist()
     h = (world.policy.logits.log_softmax(-1) - world.reference.logits.log_softmax(-1))[0].tolist()
-    loop.gradient(group_terms(one(Unlabelled(), o.reverse_kl, 2)), world, 0, round_of(drawn, 1, 2))
+    tables.gradient(
+        group_terms(one(Unlabelled(), o.reverse_kl, 2)), world, 0, round_of(drawn, 1, 2)
+    )
     by_hand = [0.0] * ARMS
     for own, other in (drawn, drawn[::-1]):
         for arm in range(ARMS):

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from preftune.labellers.base import SEED, Shaping, State, log_ratio, reward_needs, shaped
-from preftune.numerics import sample_index, stream_key, uniform
+from preftune.numerics import sample_index, stream_keys, uniform
 from preftune.samples import Batch, Samples
 
 Ties = Literal["drop", "keep"]
@@ -146,8 +146,9 @@ class RandomPair:
         reward, state = shaped(samples, self.kl, self.shaping, state)
         couples = _couples(reward.shape[-1])
         round_number = state.get("rounds", torch.zeros((), dtype=torch.long))
-        key = stream_key(int(state.get(SEED, 0)), "random_pair")
-        draw = uniform(key, round_number, torch.arange(samples.row.shape[-1]))
+        seeds = state.get(SEED, torch.zeros((), dtype=torch.long))
+        keys = stream_keys(seeds.reshape(-1).tolist(), "random_pair").reshape(*seeds.shape, 1)
+        draw = uniform(keys, round_number, torch.arange(samples.row.shape[-1]))
         draw = draw.expand(samples.row.shape)
         chosen = sample_index(self._weights(samples, reward, couples), draw)
         couple = couples[chosen].unsqueeze(-2)
