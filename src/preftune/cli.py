@@ -18,6 +18,7 @@ HELP = """usage: preftune COMMAND [--help]
   evaluate     reward, KL, win rate and more of a model on prompts
   sample       responses with log-probs (JSON lines), side by side with --versus
   inspect      template, tokens, loss mask and end token of real rows, before any training
+  reproduce    the papers' claims, run again: claim, measured, verdict
   report       one HTML page of run folders
   env          versions and devices, for a bug report
 """
@@ -75,7 +76,7 @@ def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
-        "sample": _sample, "inspect": _inspect, "report": _report, "env": _env,
+        "sample": _sample, "inspect": _inspect, "reproduce": _reproduce, "report": _report, "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
@@ -232,6 +233,12 @@ def _report(args: list[str]) -> int:
             raise UserError(f"report: no such folder '{folder}'.")
     print(write_report(folders, Path(own["output"] or folders[0] / "report.html")))
     return 0
+
+
+def _reproduce(args: list[str]) -> int:
+    from preftune.cli_reproduce import reproduce
+
+    return reproduce(args)
 
 
 def _env(args: list[str]) -> int:

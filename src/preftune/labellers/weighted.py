@@ -1,4 +1,4 @@
-"""Weigh by reward: exponential weights, and advantages with one of six baselines."""
+"""Weigh by reward: exponential weights, and advantages with one of seven baselines."""
 
 import math
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from preftune.labellers.base import (
 )
 from preftune.samples import Batch, Samples
 
-Baseline = Literal["none", "batch", "prompt", "leave_one_out", "running", "value"]
+Baseline = Literal["none", "batch", "prompt", "leave_one_out", "least", "running", "value"]
 _MOST = 80.0
 """exp of more overflows float32."""
 
@@ -73,7 +73,8 @@ class Advantage:
     baseline: Baseline = "none"
     """none; batch: mean of the round's other samples; prompt: mean of the prompt's samples, itself
     included, which scales the gradient by (K - 1) / K (GRPO); leave_one_out: of the prompt's other
-    samples (RLOO); running: mean of all earlier rounds, 0 in the first; value: the value head."""
+    samples (RLOO); least: the prompt's least reward, which leaves no negative advantage and no
+    negative gradient; running: mean of all earlier rounds, 0 in the first; value: the value head."""
     whiten: Literal["none", "prompt", "round"] = "none"
     """Mean 0 and deviation 1 over a prompt's samples, or over the round's (tokens)."""
     kl: float = 0.0
@@ -95,7 +96,7 @@ class Advantage:
     @property
     def least(self) -> int:
         """See `Labeller.least`."""
-        within = self.whiten == "prompt" or self.baseline in ("prompt", "leave_one_out")
+        within = self.whiten == "prompt" or self.baseline in ("prompt", "leave_one_out", "least")
         return 2 if within else 1
 
     @property
@@ -147,6 +148,8 @@ class Advantage:
             return others.view(reward.shape), state
         if self.baseline == "prompt":
             return reward.mean(-1, keepdim=True), state
+        if self.baseline == "least":
+            return reward.amin(-1, keepdim=True), state
         return (leave_one_out(reward) if self.baseline == "leave_one_out" else 0.0), state
 
     def _whitened(self, advantage: Tensor, mask: Tensor) -> Tensor:
@@ -162,7 +165,8 @@ class Advantage:
     def signals(self) -> dict[str, list[float]]:
         """Either sign, unless rewards are known not to be negative and nothing is taken off."""
         least = self.reward_range[0] if self.reward_range else -math.inf
-        moved = self.shaping.standardise != "none" or self.shaping.no_end_penalty > 0
-        plain = self.baseline == "none" and self.whiten == "none" and not (self.kl or moved)
-        signs = [0.0, 1.0] if plain and least >= 0 else [-1.0, 0.0, 1.0]
+        moved = self.shaping.standardise != "none" or self.shaping.no_end_penalty > 0 or self.kl
+        from_zero = self.baseline == "none" and least >= 0 and not moved
+        positive = self.whiten == "none" and (from_zero or self.baseline == "least")
+        signs = [0.0, 1.0] if positive else [-1.0, 0.0, 1.0]
         return {"advantage": signs} | ({"target": [0.0]} if self.baseline == "value" else {})

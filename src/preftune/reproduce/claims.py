@@ -1,4 +1,4 @@
-"""Claims as `claims.yaml` fixes them before they are run, and how a measurement becomes a verdict."""
+"""Claims as `claims.yaml` fixes them before they are run, and how numbers become verdicts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from preftune.errors import UserError, nearest
 from preftune.figures import interval
+from preftune.study import Cell, Curves
 
 Direction = Literal["greater", "less", "within"]
 Verdict = Literal["holds", "does_not_hold", "not_seen"]
@@ -58,8 +59,21 @@ class Measured:
     """What a reader must know beside the number."""
 
 
-Experiment = Callable[[Claim, Sequence[int], Any], Measured]
-"""(claim, seeds, laboratory) -> what was measured. The laboratory runs studies."""
+Cells = Mapping[str, tuple[Cell, Sequence[int]]]
+"""By name: what must be run for a claim, and with which seeds."""
+Plan = Callable[[Claim, Sequence[int], bool], Cells]
+"""(claim, seeds, full) -> cells; `full` adds the rest of the claim's grid."""
+Conclude = Callable[[Claim, Sequence[int], Mapping[str, Curves]], Measured]
+"""(claim, seeds, what the cells gave) -> what was measured."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """How a claim is measured."""
+
+    conclude: Conclude
+    plan: Plan | None = None
+    """None: exact, nothing is trained by the loop."""
 
 
 def load() -> dict[str, Claim]:
@@ -117,12 +131,14 @@ def verdicts(claim: Claim, measured: Measured) -> list[dict[str, Any]]:
     for part in claim.parts:
         values = measured.values[part.name].double()
         assert torch.isfinite(values).all(), f"{claim.id}: a seed's statistic is not finite"
+        exact = len(values) == 1  # no seed enters it
         found = interval(values[:, None])
-        low, high = found["low"], found["high"]
-        exact = low is None or high is None  # one number: no seed enters it
-        low, high = (float(values[0]),) * 2 if exact else (low, high)
+        mean = values.mean().item()
+        low, high = (
+            mean if found[end] is None else float(found[end] or 0) for end in ("low", "high")
+        )
         rows.append({
-            **listed(claim, part), "measured": found["value"], "interval": [low, high],
+            **listed(claim, part), "measured": mean, "interval": [low, high],
             "seeds": 0 if exact else len(values), "verdict": judge(part, low, high),
         })  # fmt: skip
     return rows
@@ -139,15 +155,15 @@ def listed(claim: Claim, part: Part) -> dict[str, Any]:
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
-"""By the id of the claim."""
+"""By the id of the claim; filled by the modules of experiments as they are imported."""
 
 
-def experiment(*ids: str) -> Callable[[Experiment], Experiment]:
+def experiment(*ids: str, plan: Plan | None = None) -> Callable[[Conclude], Conclude]:
     """Register what measures the claims of these ids."""
 
-    def add(function: Experiment) -> Experiment:
+    def add(function: Conclude) -> Conclude:
         assert not EXPERIMENTS.keys() & set(ids), f"{ids} are measured already"
-        EXPERIMENTS.update(dict.fromkeys(ids, function))
+        EXPERIMENTS.update(dict.fromkeys(ids, Experiment(function, plan)))
         return function
 
     return add

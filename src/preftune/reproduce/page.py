@@ -1,0 +1,117 @@
+"""One self-contained page of claims: verdicts, numbers, settings, figures."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from preftune.report.page import embed_json
+from preftune.reproduce.claims import Claim, Measured
+from preftune.runs import write_text
+
+VERDICTS = {"holds": "holds", "does_not_hold": "does not hold", "not_seen": "not seen"}
+
+
+def write_page(
+    path: Path,
+    claims: Sequence[Claim],
+    rows: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Measured],
+    seed_base: int,
+    full: bool,
+) -> Path:
+    """Write the page; it appears whole or not at all."""
+    from plotly.offline import get_plotlyjs
+
+    figures = {c.id: _traces(found[c.id].figure) for c in claims if found[c.id].figure is not None}
+    report = resources.files("preftune.report")
+    text = Template(
+        resources.files("preftune.reproduce").joinpath("page.html").read_text("utf-8")
+    ).substitute(
+        style=report.joinpath("page.css").read_text("utf-8"),
+        facts=_facts(rows, seed_base, full),
+        table=_table(rows),
+        claims="".join(_section(c, [r for r in rows if r["id"] == c.id], found[c.id])
+                       for c in claims),
+        figures=embed_json(figures),
+        plotly=get_plotlyjs() if figures else "",
+        script=report.joinpath("page.js").read_text("utf-8"),
+    )  # fmt: skip
+    write_text(path, text)
+    return path
+
+
+def _traces(figure: Any) -> list[Any]:
+    """Data and layout; the page has the title and the colours of text and paper."""
+    plain = json.loads(figure.to_json())
+    layout = {k: v for k, v in plain["layout"].items() if k not in ("template", "title", "height")}
+    return [plain["data"], {**layout, "showlegend": True, "height": 400}]
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """The measured mean with its interval."""
+    low, high = row["interval"]
+    if low == high == row["measured"]:
+        return f"{row['measured']:.4g} (exact)"
+    return f"{row['measured']:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def needed(row: Mapping[str, Any]) -> str:
+    """What the interval must do for the claim to hold."""
+    sign = {"greater": "> ", "less": "< ", "within": "within ±"}[row["direction"]]
+    return f"{sign}{row['margin']:g}"
+
+
+def name(row: Mapping[str, Any]) -> str:
+    """The id, and which part of it."""
+    return f"{row['id']}: {row['part']}" if row["part"] else str(row["id"])
+
+
+def _facts(rows: Sequence[Mapping[str, Any]], seed_base: int, full: bool) -> str:
+    counts = [f"{sum(r['verdict'] == k for r in rows)} {v}" for k, v in VERDICTS.items()]
+    facts = {
+        "Verdicts": ", ".join(counts), "First seed": str(seed_base),
+        "Grid": "full" if full else "each claim's own points",
+    }  # fmt: skip
+    inside = "".join(f"<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
+    return f'<dl class="facts">{inside}</dl>'
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    body = "".join(
+        f'<tr><th scope="row"><a href="#{r["id"]}">{html.escape(name(r))}</a></th>'
+        f"<td>{html.escape(r['claim'])}</td><td>{shown(r)}</td><td>{needed(r)}</td>"
+        f"<td><b>{VERDICTS[r['verdict']]}</b></td></tr>"
+        for r in rows
+    )
+    heads = ("claim", "what it says", "measured (95 % interval over seeds)", "needed", "verdict")
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{body}</table></div>'
+
+
+def _section(claim: Claim, rows: Sequence[Mapping[str, Any]], measured: Measured) -> str:
+    settings = ", ".join(f"{k} {v}" for k, v in claim.settings.items()) or "none"
+    numbers = "".join(
+        f"<p>{html.escape(r['statistic'])}: <b>{shown(r)}</b>, needed {needed(r)}: "
+        f"<b>{VERDICTS[r['verdict']]}</b></p>"
+        for r in rows
+    )
+    notes = "".join(f"<p>{html.escape(n)}</p>" for n in measured.notes)
+    chart = ""
+    if measured.figure is not None:
+        title = measured.figure.layout.title.text or ""
+        chart = (
+            f'<figure class="alone"><h3>{html.escape(title)}</h3><figcaption></figcaption>'
+            f'<div class="chart" id="chart-{claim.id}"></div></figure>'
+        )
+    seeds = rows[0]["seeds"]
+    return (
+        f'<section id="{claim.id}"><h2>{claim.id}</h2><p>{html.escape(claim.claim)}</p>'
+        f'<p class="caption">{html.escape(claim.source)}; labels: '
+        f"{html.escape(claim.label_source)}; "
+        f"{f'{seeds} seeds' if seeds else 'exact'}; settings: {html.escape(settings)}</p>"
+        f"{numbers}{chart}{f'<aside class=note>{notes}</aside>' if notes else ''}</section>"
+    )

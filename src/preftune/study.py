@@ -1,0 +1,270 @@
+"""A study: many runs of equal shape advance together, in chunks, in a few processes.
+
+A cell is a method with its settings on a problem; its runs differ in their seeds. What a run gives
+does not depend on the runs beside it, on their order, or on how a cell is cut into chunks.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from preftune import loop, spec
+from preftune.errors import GuardStop
+from preftune.method import Method
+from preftune.numerics import stream_key
+from preftune.rounds import World
+from preftune.runs import RunFolder
+from preftune.samples import Samples, join
+
+Row = dict[str, Any]
+LOGGED = ("loss", "grad_norm", "kl", "log_ratio_chosen", "log_ratio_rejected", "margin")
+"""Metrics of an update that a study keeps, beside the exact figures of its problem."""
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """Where a study's runs happen. A frozen dataclass of plain values: it goes to other processes,
+    and its fields are its identity."""
+
+    @property
+    def chunk(self) -> int:
+        """Runs that advance together, by measurement: so many stay in the processor's cache."""
+        ...
+
+    @property
+    def cost(self) -> float:
+        """Milliseconds of an update of one run, roughly: the dearest cells start first."""
+        ...
+
+    def world(
+        self, method: Method, seeds: tuple[int, ...], batch_size: int, data: Samples | None
+    ) -> World:
+        """What rounds are made from; `data` in place of its own, where another cell drew them."""
+        ...
+
+    def evaluate(self, run: loop.State) -> dict[str, Tensor]:
+        """Figures of the policy as it is, [R] each."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Runs of one method with one setting on one problem."""
+
+    problem: Problem
+    method: Method
+    updates: int
+    batch_size: int
+    learning_rate: float
+    lr_schedule: str = "constant"
+    max_grad_norm: float = math.inf
+    eval_every: int | None = None
+    """None: at the start and at the end."""
+    after: "Cell | None" = None
+    """Its data are the pairs that this on-policy cell's runs drew, in a shuffled order."""
+
+    def plain(self) -> dict[str, Any]:
+        """Everything that decides what its runs give."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own |= {"problem": repr(self.problem), "method": spec.to_data(self.method)}
+        rest = {"reference_update": self.method.reference_update, "name": self.method.name}
+        return own | rest | {"after": self.after and self.after.plain()}
+
+    @property
+    def key(self) -> str:
+        """A name that is the same for the same cell, and for no other."""
+        return f"{self.method.name}-{stream_key(self.plain()):016x}"
+
+    @property
+    def settings(self) -> loop.Settings:
+        """Of the loop."""
+        return loop.Settings(
+            max_steps=self.updates, learning_rate=self.learning_rate, warmup_ratio=0.0,
+            lr_schedule=self.lr_schedule,  # pyright: ignore[reportArgumentType]
+            max_grad_norm=self.max_grad_norm, log_every=self.eval_every or self.updates,
+            eval_every=self.eval_every or self.updates,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a cell's runs gave."""
+
+    steps: tuple[int, ...]
+    figures: Mapping[str, Tensor]
+    """By name, [S, E] float64: a row a seed, a column a step; NaN where a step has none."""
+
+    def last(self, name: str) -> Tensor:
+        """[S]."""
+        return self.figures[name][:, -1]
+
+    def at(self, name: str, step: int) -> Tensor:
+        """[S]."""
+        return self.figures[name][:, self.steps.index(step)]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Two threads split small products otherwise than one, so that bits differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def advance(cell: Cell, seeds: tuple[int, ...]) -> list[Row]:
+    """Run some of a cell's seeds in this process: a row a run and logged step."""
+    with one_thread():
+        drawn = None if cell.after is None else _shuffled(_advance(cell.after, seeds, None)[1])
+        return _advance(cell, seeds, drawn, record=False)[0]
+
+
+def _advance(
+    cell: Cell, seeds: tuple[int, ...], data: Samples | None, record: bool = True
+) -> tuple[list[Row], list[Samples]]:
+    """Rows, and (where recorded) the pairs of each round, the chosen first."""
+    world = cell.problem.world(cell.method, seeds, cell.batch_size, data)
+    run = loop.start(cell.method, world, cell.settings)
+    rows: list[Row] = []
+    drawn: list[Samples] = []
+
+    def log(step: int, metrics: loop.Metrics) -> None:
+        kept = {k: v for k, v in metrics.items() if isinstance(v, list)}
+        for i, seed in enumerate(seeds):
+            rows.append({"seed": seed, "step": step, **{k: v[i] for k, v in kept.items()}})
+
+    def evaluate(step: int) -> loop.Metrics:
+        return {k: v.double().tolist() for k, v in cell.problem.evaluate(run).items()}
+
+    def after_update() -> bool:
+        current = run.groups[0].round
+        if record and current is not None and current.taken == 1:
+            pairs = current.batches[0].index[..., 0, :]
+            drawn.append(replace(current.samples.at(pairs), reward=None, logp=None, ref_logp=None))
+        return False
+
+    hooks = loop.Hooks(
+        log=lambda step, m: log(step, {k: v for k, v in m.items() if k in LOGGED or k in names}),
+        evaluate=evaluate, stop=after_update,
+    )  # fmt: skip
+    names = set(evaluate(0))
+    with contextlib.suppress(GuardStop):  # every run has stopped: what was logged stands
+        loop.advance(run, cell.settings, hooks)
+    return rows, drawn
+
+
+def _shuffled(rounds: Sequence[Samples]) -> Samples:
+    """All rounds' pairs; the loop draws their order anew each epoch."""
+    return join(list(rounds))
+
+
+def curves(rows: Sequence[Row], seeds: Sequence[int]) -> Curves:
+    """Rows of a cell as tensors."""
+    steps = tuple(sorted({r["step"] for r in rows}))
+    names = sorted({k for r in rows for k in r} - {"seed", "step", "cell"})
+    at = {(r["seed"], r["step"]): r for r in rows}
+
+    def number(seed: int, step: int, name: str) -> float:
+        value = at.get((seed, step), {}).get(name)
+        return math.nan if value is None else float(value)
+
+    figures = {
+        n: torch.tensor([[number(s, t, n) for t in steps] for s in seeds], dtype=torch.float64)
+        for n in names
+    }
+    return Curves(steps, figures)
+
+
+@dataclass
+class Study:
+    """Runs cells, each once, into one run folder; what that already holds is not run again."""
+
+    folder: Path | None
+    workers: int = 2
+    """Processes; 0: this one."""
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    """By cell."""
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for row in RunFolder(self.folder).read("metrics.jsonl"):
+                self.rows.setdefault(row["cell"], []).append(row)
+
+    def _missing(self, cell: Cell, seeds: Sequence[int]) -> list[int]:
+        """Seeds whose runs are not there to the last step."""
+        done = {r["seed"] for r in self.rows.get(cell.key, []) if r["step"] == cell.updates}
+        return [s for s in seeds if s not in done]
+
+    def run(
+        self,
+        cells: Sequence[tuple[Cell, Sequence[int]]],
+        tick: Callable[[int, int], None] = lambda done, total: None,
+        beside: Callable[[Executor | None], None] = lambda pool: None,
+    ) -> None:
+        """Run what is missing of the cells, the dearest chunks first.
+
+        Args:
+            tick: told how many run-updates are done, of how many.
+            beside: given the pool first, to send other work to it (None: no pool).
+        """
+        jobs: dict[tuple[str, int], tuple[Cell, tuple[int, ...]]] = {}
+        for cell, seeds in cells:
+            left, size = self._missing(cell, seeds), cell.problem.chunk
+            for start in range(0, len(left), size):
+                part = tuple(left[start : start + size])
+                jobs[cell.key, part[0]] = (cell, part)
+        ordered = sorted(jobs.values(), key=lambda j: -_cost(*j))
+        total, done = sum(c.updates * len(s) for c, s in ordered), 0
+        if self.workers == 0:
+            beside(None)
+            for cell, seeds in ordered:
+                self._keep(cell, advance(cell, seeds))
+                done += cell.updates * len(seeds)
+                tick(done, total)
+            return
+        with ProcessPoolExecutor(self.workers, get_context("spawn"), _worker) as pool:
+            try:
+                beside(pool)
+                waiting: dict[Future[list[Row]], tuple[Cell, tuple[int, ...]]] = {
+                    pool.submit(advance, *job): job for job in ordered
+                }
+                while waiting:
+                    ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in ready:
+                        cell, seeds = waiting.pop(future)
+                        self._keep(cell, future.result())
+                        done += cell.updates * len(seeds)
+                    tick(done, total)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _keep(self, cell: Cell, rows: list[Row]) -> None:
+        rows = [{"cell": cell.key, **r} for r in rows]
+        self.rows.setdefault(cell.key, []).extend(rows)
+        if self.folder is not None:
+            RunFolder(self.folder).append("metrics.jsonl", rows)
+
+    def curves(self, cell: Cell, seeds: Sequence[int]) -> Curves:
+        """What the runs of a cell gave; it must have been run."""
+        return curves(self.rows[cell.key], seeds)
+
+
+def _cost(cell: Cell, seeds: tuple[int, ...]) -> float:
+    before = 0.0 if cell.after is None else _cost(cell.after, seeds)
+    return before + cell.problem.cost * cell.updates * len(seeds)
+
+
+def _worker() -> None:
+    torch.set_num_threads(1)
