@@ -1,5 +1,6 @@
 """preftune reproduce: the papers' claims with their verdicts."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,25 @@ def reproduce(args: list[str]) -> int:
     with Progress(console) as bar:
         done = runner.reproduce(
             own["ids"], folder=folder, full=own["full"], seed_base=own["seed_base"],
-            workers=own["workers"], resume=own["resume"], tick=bar.tick("run-updates"),
+            workers=own["workers"], resume=own["resume"], tick=sparse(bar.tick("run-updates")),
         )  # fmt: skip
     _show(done.rows, own["json"], inspecting)
     if not own["json"]:
         print(f"page: {done.page}")
     return 0
+
+
+def sparse(tick: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Only each twentieth of the way: without a terminal every call is a line."""
+    shown = -1
+
+    def told(done: int, total: int) -> None:
+        nonlocal shown
+        if 20 * done // max(1, total) > shown:
+            shown = 20 * done // max(1, total)
+            tick(done, total)
+
+    return told
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool, inspecting: Any) -> None:

@@ -170,6 +170,12 @@ def normal(key: int | Tensor, *counters: Tensor | int) -> Float[Tensor, "..."]:
     return math.sqrt(2.0) * torch.erfinv(2.0 * draw - 1.0)
 
 
+def first_wins(gap: Tensor, u: Tensor) -> Bool[Tensor, "..."]:
+    """Bradley-Terry: whether the first of two is preferred, true for a uniform u with probability
+    s(gap). By logarithms: torch's sigmoid rounds by where a number stands in its tensor."""
+    return u.log() - torch.log1p(-u) < gap
+
+
 @functools.lru_cache(maxsize=16)
 def permutation(key: int, epoch: int, n: int) -> Int[Tensor, " n"]:
     """The order of n things in an epoch. Kept for the next call: not to be changed in place."""

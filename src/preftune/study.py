@@ -141,7 +141,8 @@ def _advance(
     def log(step: int, metrics: loop.Metrics) -> None:
         kept = {k: v for k, v in metrics.items() if isinstance(v, list)}
         for i, seed in enumerate(seeds):
-            rows.append({"seed": seed, "step": step, **{k: v[i] for k, v in kept.items()}})
+            own = {k: v[i] for k, v in kept.items() if not math.isnan(v[i])}
+            rows.append({"seed": seed, "step": step, **own})
 
     def evaluate(step: int) -> loop.Metrics:
         return {k: v.double().tolist() for k, v in cell.problem.evaluate(run).items()}

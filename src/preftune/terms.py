@@ -10,7 +10,7 @@ roles. Other names are looked up in the labeller's data, then in the term's sett
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -72,6 +72,10 @@ class Term:
     def idle(self) -> bool:
         """Of weight 0: sampled and logged, no part of the loss."""
         return not any(self.factor) if isinstance(self.factor, tuple) else self.factor == 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent: the fields, nothing that was kept beside them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

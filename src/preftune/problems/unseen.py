@@ -7,7 +7,7 @@ from torch import Tensor
 
 from preftune import loop
 from preftune.method import Method
-from preftune.numerics import stream_keys, uniform
+from preftune.numerics import first_wins, stream_keys, uniform
 from preftune.policies.nets import Table
 from preftune.policies.tree import Tree
 from preftune.problems.bandit import anti_aligned
@@ -47,7 +47,7 @@ class Unseen:
         u = uniform(keys, torch.arange(self.pairs)[:, None], torch.arange(3))
         both = (u[..., :2] * self.seen).long()
         own = reward.gather(1, both.flatten(1)).view(both.shape)
-        first = u[..., 2] < torch.sigmoid(own[..., 0] - own[..., 1])
+        first = first_wins(own[..., 0] - own[..., 1], u[..., 2])
         both = torch.where(first.unsqueeze(-1), both, both.flip(-1))
         prompt = torch.zeros(len(seeds), self.pairs, 1, dtype=torch.long)
         rows = scored(Drawn(prompt=prompt, tokens=both.unsqueeze(-1)), reference)

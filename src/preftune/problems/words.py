@@ -14,7 +14,7 @@ from torch import Tensor
 
 from preftune import loop, methods
 from preftune.method import Method
-from preftune.numerics import normal, stream_keys, uniform
+from preftune.numerics import first_wins, normal, stream_keys, uniform
 from preftune.policies.nets import Mlp
 from preftune.policies.tree import Tree, all_responses, context_features
 from preftune.problems.drawn import Drawn, recorded, scored
@@ -108,7 +108,7 @@ def draw_pairs(
         found = torch.searchsorted(cdf[:, s].contiguous(), query, right=True)
         both[:, mine] = found.clamp(max=law.shape[-1] - 1).view(runs, -1, 2)
     own = reward.gather(1, prompt[..., None].expand(-1, -1, reward.shape[-1])).gather(-1, both)
-    first = u[..., 2] < torch.sigmoid(own[..., 0] - own[..., 1])
+    first = first_wins(own[..., 0] - own[..., 1], u[..., 2])
     return prompt, torch.where(first.unsqueeze(-1), both, both.flip(-1))
 
 

@@ -60,7 +60,7 @@ def bars(title: str, y: str, series: Mapping[str, Tensor]) -> Any:
     down = [m - (f["low"] or m) for f, m in zip(found.values(), mean, strict=True)]
     figure = go.Figure()
     figure.add_bar(
-        x=list(found), y=mean, marker_color=PALETTE[0],
+        x=list(found), y=mean, marker_color=PALETTE[0], showlegend=False,
         error_y={"type": "data", "array": up, "arrayminus": down, "symmetric": False},
     )  # fmt: skip
     return styled(figure, title, "", y)

@@ -89,7 +89,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     heads = ("claim", "what it says", "measured (95 % interval over seeds)", "needed", "verdict")
     head = "".join(f"<th>{h}</th>" for h in heads)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{body}</table></div>'
+    return f'<div class="scroll verdicts"><table><thead><tr>{head}</tr></thead>{body}</table></div>'
 
 
 def _section(claim: Claim, rows: Sequence[Mapping[str, Any]], measured: Measured) -> str:
