@@ -187,7 +187,7 @@ def update(run: State, settings: Settings, measure: bool = True) -> Metrics:
     metrics |= {"loss": None, "learning_rate": numbers(rate)}
     if found.loss is not None:
         norm = run.optimizer.clip(settings.max_grad_norm)
-        metrics |= {"loss": _shown(found.loss, found.items), "grad_norm": numbers(norm)}
+        metrics |= {"loss": _shown(found.loss, found.items), "grad_norm": _shown(norm, found.items)}
         _guard(run, found.loss, norm)
         active = found.items & ~run.stopped & ~found.measures.skipped()
         run.optimizer.step(rate, active)
@@ -200,9 +200,9 @@ def update(run: State, settings: Settings, measure: bool = True) -> Metrics:
     return metrics | {"seconds": run.seconds}
 
 
-def _shown(loss: Tensor, items: Tensor) -> Any:
-    """A run without any item has no loss."""
-    return numbers(loss.masked_fill(~items, torch.nan)) if loss.ndim else float(loss)
+def _shown(value: Tensor, items: Tensor) -> Any:
+    """A run without any item has no loss and no gradient."""
+    return numbers(value.masked_fill(~items, torch.nan)) if value.ndim else float(value)
 
 
 def _guard(run: State, loss: Tensor, norm: Tensor) -> None:
