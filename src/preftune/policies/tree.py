@@ -58,6 +58,8 @@ class Tree:
             f"{num_states} states have {num_states * self.nodes} contexts, not {net.num_contexts}"
         )
         self.batch_shape = net.batch_shape
+        self._fixed: Tensor | None = None
+        """Log-probs of all contexts, of a policy that takes no gradient."""
 
     def context_index(
         self, prompt: Int[Tensor, "*R n 1"], tokens: Int[Tensor, "*R n K T"]
@@ -77,6 +79,15 @@ class Tree:
         """
         return n * (1 + k * (self.depth - 1)) >= self.net.num_contexts
 
+    def _all(self) -> Float[Tensor, "*R C V"]:
+        """Log-probs in all contexts; of a frozen policy computed once."""
+        if self._fixed is not None:
+            return self._fixed
+        logp = self.net.logits(None).log_softmax(-1)
+        if not any(t.requires_grad for _, t in self.tensors()):
+            self._fixed = logp
+        return logp
+
     def _distributions(
         self, prompt: Int[Tensor, "*R n 1"], tokens: Int[Tensor, "*R n K T"]
     ) -> tuple[Float[Tensor, "*R m V"], Int[Tensor, "*R n K T"]]:
@@ -88,7 +99,7 @@ class Tree:
         assert depth == self.depth, f"responses have {self.depth} tokens, not {depth}"
         context = self.context_index(prompt, tokens)
         if self._takes_all(n, k):
-            return self.net.logits(None).log_softmax(-1), context
+            return self._all(), context
         later = n * k * (depth - 1)
         first = prompt.squeeze(-1) * self.nodes
         needed = torch.cat([first, context[..., 1:].flatten(-3)], -1)
@@ -214,6 +225,7 @@ class Tree:
         """See `Policy.follow`."""
         for (_, own), (_, new) in zip(self.tensors(), other.tensors(), strict=True):
             own.lerp_(new, 1 - decay)
+        self._fixed = None
 
 
 def _at(values: Float[Tensor, "*R m"], place: Int[Tensor, "*R n K T"]) -> Float[Tensor, "*R n K T"]:

@@ -1,4 +1,4 @@
-"""Figure 3 of arXiv 2406.01462: one state, a table, pairs from the first arms only."""
+"""Figure 3 of arXiv 2406.01462: tables of logits, pairs from the first arms only."""
 
 from dataclasses import dataclass
 
@@ -25,6 +25,8 @@ class Unseen:
     """Pairs are of the first so many arms."""
     reward_range: float
     pairs: int
+    states: int = 1
+    """Each with a table and pairs of its own, one reward for all."""
     anti: float = 0.0
     """0: a uniform reference; else one that prefers what the reward does not, so strongly."""
     chunk: int = 32
@@ -41,7 +43,8 @@ class Unseen:
         logits = torch.zeros(len(seeds), self.arms, dtype=torch.float64)
         if self.anti:
             logits = torch.stack([anti_aligned(r, self.anti) for r in reward])
-        policy = Tree(Table(logits.float().unsqueeze(1)), 1)
+        table = logits.float().unsqueeze(1).expand(-1, self.states, -1)
+        policy = Tree(Table(table), self.states)
         reference = policy.frozen_copy()
         keys = stream_keys(seeds, "unseen", "pairs")[:, None, None]
         u = uniform(keys, torch.arange(self.pairs)[:, None], torch.arange(3))
@@ -49,7 +52,8 @@ class Unseen:
         own = reward.gather(1, both.flatten(1)).view(both.shape)
         first = first_wins(own[..., 0] - own[..., 1], u[..., 2])
         both = torch.where(first.unsqueeze(-1), both, both.flip(-1))
-        prompt = torch.zeros(len(seeds), self.pairs, 1, dtype=torch.long)
+        state = (torch.arange(self.pairs) % self.states)[:, None]
+        prompt = state.expand(len(seeds), self.pairs, 1)
         rows = scored(Drawn(prompt=prompt, tokens=both.unsqueeze(-1)), reference)
         return World(
             policy=policy, reference=reference, data=rows, prompts=rows, reward=None, seed=seeds,
@@ -62,4 +66,4 @@ class Unseen:
         assert isinstance(policy, Tree)
         with torch.no_grad():
             p = policy.log_joint().double().exp()
-        return {"mass_unseen": p[:, 0, self.seen :].sum(-1)}
+        return {"mass_unseen": p[..., self.seen :].sum(-1).mean(-1)}

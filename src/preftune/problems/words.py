@@ -71,8 +71,7 @@ def energies(seeds: tuple[int, ...]) -> Float[Tensor, "R S A"]:
 
 def reference_log_probs(seeds: tuple[int, ...]) -> Float[Tensor, "R S A"]:
     """Of the trained reference, float64."""
-    with torch.no_grad():
-        return _trained(seeds).log_joint().double()
+    return _trained(seeds).log_joint().detach().double()
 
 
 def pair_law(

@@ -150,7 +150,7 @@ def _least_kl(cells: Sequence[Curves], level: Tensor) -> Tensor:
 
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Of the lower of the two families' highest reward: rewards that both reach."""
+"""Of the way from the start to the lower of the two families' highest rewards: both get there."""
 
 
 @experiment("c8-hypo-kl", plan=_plan_c8)
@@ -160,12 +160,11 @@ def c8(claim: Claim, seeds: Sequence[int], runs: Runs) -> Measured:
     dpo, hypo = runs[f"DPO, beta {s['beta']}"], runs[f"HyPO, weight {s['weights'][1]}"]
     families = [[c for n, c in runs.items() if n.startswith(f)] for f in ("DPO", "HyPO")]
     highest = torch.stack(
-        [torch.cat([c.figures["reward"] for c in f], -1).amax(-1) for f in families]
+        [torch.cat([c.figures["reward"][:, 1:] for c in f], -1).amax(-1) for f in families]
     ).amin(0)
-    ratios = [
-        (_least_kl(families[1], x * highest) / _least_kl(families[0], x * highest)).log()
-        for x in LEVELS
-    ]
+    way = (highest - dpo.at("reward", 0)).abs()
+    least = [[_least_kl(f, highest - (1 - x) * way).log() for f in families] for x in LEVELS]
+    ratios = [own_hypo - own_dpo for own_dpo, own_hypo in least]
 
     def lost(c: Curves) -> Tensor:
         return c.figures["value"].amax(-1) - c.last("value")
