@@ -34,6 +34,7 @@ from run import hardware
 
 from preftune import loop
 from preftune.method import Method
+from preftune.numerics import keep_freed_memory
 from preftune.problems.arms import Arms, States
 from preftune.problems.tokens import Tokens
 from preftune.problems.unseen import Unseen
@@ -99,7 +100,7 @@ def together(
 def bandit_step() -> float:
     """The program against the plain loop, on the same samples from the same weights."""
     problem, n, k = Tokens(prompts=10), 10, 10
-    method = rows.ipo(rows.fresh(n, 10**6, k), TAU, 0.0)
+    method = rows.ipo(rows.fresh(n, 500, k), TAU, 0.0)
     run, settings = started(problem, method, [0], n * k * (k - 1) // 2)
     policy, reference = (
         PlainGPT({name: w.detach()[0] for name, w in p.tensors()})  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
@@ -120,7 +121,7 @@ def bandit_step() -> float:
     return median(slow) / median(fast)
 
 
-def ceiling(runs: int = 4096, states: int = 4, pairs: int = 8) -> float:
+def ceiling(runs: int = 2048, states: int = 16, pairs: int = 4) -> float:
     """Share of what the machine could do for tables of 100 arms."""
     problem = Unseen(arms=100, seen=100, reward_range=1.0, pairs=pairs * states)
     problem = replace(problem, states=states)
@@ -157,6 +158,7 @@ def products() -> None:
 def targets() -> dict[str, tuple[float, float]]:
     """Ratio and target, by name."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a study's workers do
     products()
     found = {"bandit_step": (bandit_step(), 100.0)}
     n, k = 5, 10

@@ -137,8 +137,12 @@ def gradient(
         if not bool(left.any()):
             continue
         found = found if group.idle else found | left
-        for index in micro_batches(samples, world.micro_batch_tokens):
-            part, items = trimmed(samples.take(index), [b.take(index) for b in labelled])
+        parts = micro_batches(samples, world.micro_batch_tokens)
+        for index in parts:
+            part, items = samples, labelled
+            if len(parts) > 1:
+                part, items = samples.take(index), [b.take(index) for b in labelled]
+            part, items = trimmed(part, items)
             total = total + _micro_batch(group, world, part, items, counts, measures)
     return Found(total if bool(found.any()) else None, found, measures)
 

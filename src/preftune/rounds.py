@@ -243,6 +243,8 @@ def next_minibatch(group: Group) -> tuple[Samples, list[Batch]]:
     assert current is not None and not current.spent, "refilled before each update"
     index = current.minibatches[current.taken]
     current.taken += 1
+    if len(current.minibatches) == 1:
+        return current.samples, current.batches
     return current.samples.take(index), [b.take(index) for b in current.batches]
 
 

@@ -6,6 +6,9 @@ does not depend on the runs beside it, on their order, or on how a cell is cut i
 
 import contextlib
 import math
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +22,7 @@ from torch import Tensor
 from preftune import loop, spec
 from preftune.errors import GuardStop
 from preftune.method import Method
-from preftune.numerics import stream_key
+from preftune.numerics import keep_freed_memory, stream_key
 from preftune.rounds import World
 from preftune.runs import RunFolder
 from preftune.samples import Samples, join
@@ -113,9 +116,10 @@ class Curves:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Two threads split small products otherwise than one, so that bits differ."""
+    """For studies: two threads split small products otherwise than one, so that bits differ."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         yield
     finally:
@@ -268,4 +272,13 @@ def _cost(cell: Cell, seeds: tuple[int, ...]) -> float:
 
 
 def _worker() -> None:
+    """A process of a pool: one thread, and no life of its own after its parent's."""
     torch.set_num_threads(1)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

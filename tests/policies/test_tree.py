@@ -51,7 +51,7 @@ class Watched:
     def __init__(self, net: Net) -> None:
         self.net, self.batch_shape = net, net.batch_shape
         self.num_contexts, self.vocab = net.num_contexts, net.vocab
-        self.tensors, self.copy = net.tensors, net.copy
+        self.tensors, self.copy, self.spare = net.tensors, net.copy, 1
         self.asked: list[int | None] = []
 
     def logits(self, contexts: Tensor | None = None) -> Tensor:
@@ -265,7 +265,15 @@ def test_some_contexts_give_what_all_give() -> None:
     names = frozenset({"logp", "collision"})
     whole, part = tree.outputs(many, names), tree.outputs(few, names)
     whole["kl"], part["kl"] = tree.step_kl(other, many), tree.step_kl(other, few)
-    assert net.asked == [None, None, 5, None, 5]  # 1 prompt and 2 responses: 1 + 2 * 2 contexts
+    assert net.asked == [
+        None,
+        None,
+        None,
+        5,
+        5,
+        None,
+        5,
+    ]  # 1 prompt and 2 responses: 1 + 2 * 2 contexts
     for name, values in whole.items():
         picked = torch.stack([values[0, 2][[5, 2]], values[1, 2][[0, 3]]]).unsqueeze(1)
         torch.testing.assert_close(part[name], picked)
@@ -350,7 +358,7 @@ def test_at_depth_one_a_table_is_a_categorical(runs: tuple[int, ...], states: in
         torch.testing.assert_close(outs[0][name], outs[1][name])
     torch.testing.assert_close(a.logp, b.logp)
     assert a.logp is not None and torch.equal(a.logp, outs[0]["logp"])
-    assert net.asked == [None if states == 2 else 4] * 2  # not 4 * 20: responses share contexts
+    assert net.asked == [None if states == 2 else 4] * 3  # not 4 * 20: responses share contexts
     torch.testing.assert_close(tree.step_kl(other, a), flat.step_kl(flat_other, a))
     torch.testing.assert_close(tree.log_joint(), flat.logits.log_softmax(-1))
     weight = table(*a.tokens.shape)

@@ -32,6 +32,8 @@ class Net(Protocol):
     """() or (R,)."""
     num_contexts: int
     vocab: int
+    spare: int
+    """All contexts together are no dearer than every so manieth of them by itself."""
 
     def logits(self, contexts: Int[Tensor, "*R m"] | None = None) -> Float[Tensor, "*R m V"]:
         """Of these contexts of each run, of which one may stand twice; None: of all in order."""
@@ -51,6 +53,8 @@ _W = TypeVar("_W", bound="_Weights")
 
 class _Weights:
     """Trainable weights by name."""
+
+    spare = 1
 
     def __init__(self, **weights: Tensor) -> None:
         self.weights = {n: w.detach().clone().requires_grad_() for n, w in weights.items()}
@@ -87,6 +91,8 @@ def _padded(x: Tensor, *widths: int) -> Tensor:
 
 class Table(_Weights):
     """One logit for each context and token, the start of which is given."""
+
+    spare = 4  # rows of a table that are picked out are copied, and their gradient is put back
 
     def __init__(self, logits: Float[Tensor, "*R C V"]) -> None:
         super().__init__(logits=logits)

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from preftune.numerics import normal, sample_index
+from preftune.numerics import keep_freed_memory, normal, sample_index
 from preftune.samples import Samples
 from preftune.sampling.decoding import Uniform
 
@@ -364,12 +364,6 @@ class _Score(torch.autograd.Function):
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep memory that is freed: once it has freed one large block, it expects more.
-    Fresh memory for the activations, page by page, would cost a tenth of a step."""
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
 def _shapes(vocab: int, length: int, layers: int, width: int) -> dict[str, tuple[int, ...]]:
     """Of each weight of a run, in the order of `_Ends` and `_Layer`."""
     return {
@@ -417,7 +411,7 @@ class StackedTransformer:
         """
         assert width % (heads * LINE) == 0, f"a width of {width} is no multiple of {heads * LINE}"
         assert length >= 2, "responses of one token are for `Categorical`"
-        _keep_freed_memory()
+        keep_freed_memory()
         self.vocab, self.length, self.heads = vocab, length, heads
         self.batch_shape = (len(keys),)
         self._weights: dict[str, Tensor] = {}

@@ -7,11 +7,12 @@ t, after the prefix a_0 ... a_{t-1}, has the index
     s * nodes + (1 + V + ... + V^(t-1)) + (a_0 ... a_{t-1} read as a number in base V)
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from preftune.policies.nets import Net, rows_of
@@ -77,7 +78,28 @@ class Tree:
 
         By shapes alone: what a run computes may not depend on what it drew, nor on other runs.
         """
-        return n * (1 + k * (self.depth - 1)) >= self.net.num_contexts
+        needed = n * (1 + k * (self.depth - 1))
+        return needed * self.net.spare >= self.net.num_contexts
+
+    def _needed(
+        self, prompt: Int[Tensor, "*R n 1"], tokens: Int[Tensor, "*R n K T"]
+    ) -> tuple[Int[Tensor, "*R m"] | None, Int[Tensor, "*R n K T"]]:
+        """The m contexts that stand before the tokens (None: all), and where among them each is.
+
+        The responses to a prompt share the context of their first token; it stands there once.
+        """
+        *runs, n, k, depth = tokens.shape
+        assert depth == self.depth, f"responses have {self.depth} tokens, not {depth}"
+        context = self.context_index(prompt, tokens)
+        if self._takes_all(n, k):
+            return None, context
+        later = n * k * (depth - 1)
+        first = prompt.squeeze(-1) * self.nodes
+        needed = torch.cat([first, context[..., 1:].flatten(-3)], -1)
+        number = torch.arange(n + later, device=tokens.device)
+        shared = number[:n, None, None].expand(n, k, 1)
+        place = torch.cat([shared, number[n:].view(n, k, depth - 1)], -1)
+        return needed, place.expand(*runs, n, k, depth)
 
     def _all(self) -> Float[Tensor, "*R C V"]:
         """Log-probs in all contexts; of a frozen policy computed once."""
@@ -91,22 +113,11 @@ class Tree:
     def _distributions(
         self, prompt: Int[Tensor, "*R n 1"], tokens: Int[Tensor, "*R n K T"]
     ) -> tuple[Float[Tensor, "*R m V"], Int[Tensor, "*R n K T"]]:
-        """Log-probs in m contexts, and where among them stands the one before each token.
-
-        The responses to a prompt share the context of their first token; it stands there once.
-        """
-        *runs, n, k, depth = tokens.shape
-        assert depth == self.depth, f"responses have {self.depth} tokens, not {depth}"
-        context = self.context_index(prompt, tokens)
-        if self._takes_all(n, k):
-            return self._all(), context
-        later = n * k * (depth - 1)
-        first = prompt.squeeze(-1) * self.nodes
-        needed = torch.cat([first, context[..., 1:].flatten(-3)], -1)
-        number = torch.arange(n + later, device=tokens.device)
-        shared = number[:n, None, None].expand(n, k, 1)
-        place = torch.cat([shared, number[n:].view(n, k, depth - 1)], -1)
-        return self.net.logits(needed).log_softmax(-1), place.expand(*runs, n, k, depth)
+        """Log-probs in the needed contexts, and where among them stands the one of each token."""
+        contexts, place = self._needed(prompt, tokens)
+        if contexts is None:
+            return self._all(), place
+        return self.net.logits(contexts).log_softmax(-1), place
 
     def _chosen(
         self,
@@ -118,6 +129,16 @@ class Tree:
         flat = (place * self.vocab + tokens).flatten(len(self.batch_shape))
         return logp.flatten(-2).gather(-1, flat).view(tokens.shape)
 
+    def _logp(
+        self, prompt: Int[Tensor, "*R n 1"], tokens: Int[Tensor, "*R n K T"]
+    ) -> Float[Tensor, "*R n K T"]:
+        """The log-prob of each token."""
+        if not torch.is_grad_enabled() or not self.parameters():
+            return self._chosen(*self._distributions(prompt, tokens), tokens)
+        contexts, place = self._needed(prompt, tokens)
+        flat = (place * self.vocab + tokens).flatten(len(self.batch_shape))
+        return cast(Tensor, _Chosen.apply(self.net.logits(contexts), flat)).view(tokens.shape)
+
     def score(
         self,
         prompt: Int[Tensor, "*R n 1"],
@@ -126,17 +147,17 @@ class Tree:
         mask: Bool[Tensor, "*R n K T"],
     ) -> Float[Tensor, "*R n K T"]:
         """See `Policy.score`."""
-        logp, place = self._distributions(prompt, tokens)
-        return torch.where(mask, self._chosen(logp, place, tokens), 0.0)
+        return torch.where(mask, self._logp(prompt, tokens), 0.0)
 
     def outputs(self, samples: Samples, names: frozenset[str]) -> dict[str, Tensor]:
         """See `Trainable.outputs`; `logp` and `collision` alone."""
         s, found = samples, {}
-        logp, place = self._distributions(s.prompt, s.tokens)
         if "logp" in names:
-            found["logp"] = torch.where(s.mask, self._chosen(logp, place, s.tokens), 0.0)
+            found["logp"] = self.score(s.prompt, s.prompt_mask, s.tokens, s.mask)
         if "collision" in names:
-            collision = torch.logsumexp(2 * logp.detach(), -1)
+            with torch.no_grad():
+                logp, place = self._distributions(s.prompt, s.tokens)
+                collision = torch.logsumexp(2 * logp, -1)
             found["collision"] = torch.where(s.mask, _at(collision, place), 0.0)
         return found
 
@@ -226,6 +247,29 @@ class Tree:
         for (_, own), (_, new) in zip(self.tensors(), other.tensors(), strict=True):
             own.lerp_(new, 1 - decay)
         self._fixed = None
+
+
+class _Chosen(torch.autograd.Function):
+    """log softmax(logits)[chosen], with a backward pass that writes the gradient once, where
+    autograd would first make a dense gradient of all log-probs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, flat: Tensor) -> Tensor:
+        """logits [*R, m, V]; flat [*R, j]: context * V + token."""
+        logp = logits.log_softmax(-1)  # as without a gradient: log-ratios start at exactly 0
+        ctx.save_for_backward(logp, flat)
+        return logp.flatten(-2).gather(-1, flat)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logp, flat = ctx.saved_tensors
+        rows = torch.div(flat, logp.shape[-1], rounding_mode="floor")
+        total = torch.zeros(logp.shape[:-1], dtype=logp.dtype).scatter_add_(-1, rows, grads[0])
+        # d logp / d logits = onehot - softmax, in the memory of the log-probs: a graph is used once
+        found = logp.exp_().mul_(-total.unsqueeze(-1))
+        found.flatten(-2).scatter_add_(-1, flat, grads[0])
+        return found, None
 
 
 def _at(values: Float[Tensor, "*R m"], place: Int[Tensor, "*R n K T"]) -> Float[Tensor, "*R n K T"]:
