@@ -78,8 +78,8 @@ class States:
     """Responses a state that were drawn from the reference beforehand; 0: none."""
     similar: int = 5
     """Arms this near to a prompt's best sample count as similar to it."""
-    chunk: int = 4
-    cost: float = 0.6
+    chunk: int = 16
+    cost: float = 1.0
 
     def world(
         self, method: Method, seeds: tuple[int, ...], batch_size: int, data: Samples | None = None

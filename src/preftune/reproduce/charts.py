@@ -41,7 +41,7 @@ def lines(
         figure.add_scatter(
             x=[*points, *reversed(list(points))], y=[*high, *reversed(low)], fill="toself",
             fillcolor=faint(colour), line={"width": 0}, hoverinfo="skip", showlegend=False,
-            legendgroup=name,
+            legendgroup=name, mode="lines",
         )  # fmt: skip
         figure.add_scatter(
             x=list(points), y=mean, name=name, mode="lines+markers", legendgroup=name,

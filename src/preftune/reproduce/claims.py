@@ -28,6 +28,8 @@ class Part:
     statistic: str
     direction: Direction
     margin: float
+    seeds: int | None = None
+    """Where it needs more than the claim's: so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def listed(claim: Claim, part: Part) -> dict[str, Any]:
         "id": claim.id, "part": part.name, "claim": part.claim, "statistic": part.statistic,
         "source": claim.source, "scale": claim.scale, "label_source": claim.label_source,
         "measured": None, "interval": None, "direction": part.direction, "margin": part.margin,
-        "seeds": claim.seeds, "verdict": None, "settings": dict(claim.settings),
+        "seeds": part.seeds or claim.seeds, "verdict": None, "settings": dict(claim.settings),
     }  # fmt: skip
 
 
