@@ -44,6 +44,7 @@ class PlainGPT(nn.Module):
         self.position = nn.Embedding.from_pretrained(weights["position"].clone(), freeze=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(len(weights["merge"])))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+        self.to(weights["token"].dtype)  # before the copies, which would be rounded
         w = weights
         with torch.no_grad():
             self.norm.weight.copy_(w["gain"])
@@ -58,7 +59,6 @@ class PlainGPT(nn.Module):
                 ):  # fmt: skip
                     layer.weight.copy_(w[name][i].T)
                     layer.bias.copy_(w[f"{name}_bias"][i])
-        self.to(weights["token"].dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [b, t, V] of the next token."""

@@ -76,7 +76,8 @@ def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
-        "sample": _sample, "inspect": _inspect, "reproduce": _reproduce, "report": _report, "env": _env,
+        "sample": _sample, "inspect": _inspect, "reproduce": _reproduce, "report": _report,
+        "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)

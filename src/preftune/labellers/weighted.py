@@ -73,8 +73,8 @@ class Advantage:
     baseline: Baseline = "none"
     """none; batch: mean of the round's other samples; prompt: mean of the prompt's samples, itself
     included, which scales the gradient by (K - 1) / K (GRPO); leave_one_out: of the prompt's other
-    samples (RLOO); least: the prompt's least reward, which leaves no negative advantage and no
-    negative gradient; running: mean of all earlier rounds, 0 in the first; value: the value head."""
+    samples (RLOO); least: the prompt's least reward, so that no advantage is negative; running:
+    mean of all earlier rounds, 0 in the first; value: the value head."""
     whiten: Literal["none", "prompt", "round"] = "none"
     """Mean 0 and deviation 1 over a prompt's samples, or over the round's (tokens)."""
     kl: float = 0.0
