@@ -1,6 +1,6 @@
 """The verdicts of one or more `preftune reproduce` folders as a Markdown table.
 
-    python scripts/claims_table.py runs/reproduce-a runs/reproduce-b
+python scripts/claims_table.py runs/reproduce-a runs/reproduce-b
 """
 
 import json

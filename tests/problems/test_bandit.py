@@ -1,20 +1,21 @@
 """The bandit's closed forms against the values of the specification and against enumeration."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from preftune.problems.bandit import (
+    CONTINUOUS,
     REWARDS,
-    BanditData,
     Peak,
     Peaks,
     anti_aligned,
+    coordinates,
     exact,
     expected_best,
     near,
-    reference_policy,
     reference_probs,
 )
 
@@ -80,19 +81,14 @@ def test_an_anti_aligned_reference_ranks_against_the_reward():
     assert float(logp.exp().sum()) == pytest.approx(1.0)
 
 
-def test_pairs_are_of_the_reference_and_ranked():
-    data = BanditData(REWARDS["r5"](), reference_probs(), rows=20_000, states=4)
-    s = data.samples(torch.arange(len(data)))
-    reward = data.reward[s.tokens.squeeze(-1)]
-    assert (reward[:, 0] >= reward[:, 1]).all()
-    share = torch.bincount(s.tokens.flatten(), minlength=100) / s.tokens.numel()
-    assert float((share - reference_probs()).abs().max()) < 5e-3
-    again = data.samples(torch.tensor([7, 3]))
-    assert torch.equal(again.tokens, s.tokens[[7, 3]])  # a draw is a function of its row
-
-
-def test_the_policy_is_the_reference_in_each_state():
-    policy = reference_policy(states=3, runs=(2,))
-    assert policy.batch_shape == (2,)
-    p = policy.logits.detach().softmax(-1)
-    torch.testing.assert_close(p[1, 2], reference_probs())
+def test_continuous_rewards_by_hand():
+    """r1 at its centre, one width away in one coordinate, and beyond the limit of 0.99."""
+    r1, r3 = CONTINUOUS["r1"], CONTINUOUS["r3"]
+    at = torch.full((10,), 0.7, dtype=torch.float64)
+    assert float(r1(at)) == 1.0
+    away = at.clone()
+    away[3] -= 0.75
+    assert float(r1(away)) == pytest.approx(math.exp(-1))
+    assert float(r1(torch.full((10,), 5.0))) == pytest.approx(math.exp(-10 * (0.29 / 0.75) ** 2))
+    assert float(r3(-at)) == 1.0 and float(r3(at)) < 1e-9
+    assert coordinates(torch.tensor([0, 50, 99])).tolist() == pytest.approx([-0.99, 0.01, 0.99])

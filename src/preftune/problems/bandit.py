@@ -6,15 +6,11 @@ Everything here is exact: the reference is a closed form in place of the authors
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preftune.numerics import sample_index, stream_key, uniform
-from preftune.policies.categorical import Categorical
-from preftune.samples import DATA, Samples
 from preftune.theory.closed_form import kl
 
 ARMS = 100
@@ -56,6 +52,33 @@ class Peaks:
     def __call__(self, arms: int = ARMS) -> Float[Tensor, " V"]:
         """The reward of each arm."""
         return torch.stack([p(arms) for p in self.peaks]).amax(0)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """r(a) = exp(-(|a - centre| / width)^2) of a vector, each coordinate within +-0.99."""
+
+    centre: float
+    width: float
+
+    def __call__(self, action: Float[Tensor, "*E D"]) -> Float[Tensor, "*E"]:
+        """The reward of each vector."""
+        away = action.clamp(-0.99, 0.99) - self.centre
+        return torch.exp(-away.square().sum(-1) / self.width**2)
+
+
+CONTINUOUS: dict[str, Ball] = {
+    "r1": Ball(0.7, 0.75),  # wide and far from where the reference has its mass
+    "r2": Ball(0.7, 0.25),
+    "r3": Ball(-0.7, 0.25),  # where it has it
+}
+"""The authors' rewards of continuous actions; here the coordinates are tokens, at their bins'
+centres in [-1, 1]."""
+
+
+def coordinates(tokens: Tensor, arms: int = ARMS) -> Float[Tensor, "..."]:
+    """The centre of each token's bin of [-1, 1]."""
+    return (2.0 * tokens + 1) / arms - 1
 
 
 REWARDS: dict[str, Peak] = {
@@ -134,48 +157,3 @@ def expected_best(
     power = at_most**n
     weight = power - torch.cat([power.new_zeros(1), power[:-1]])
     return (weight * ordered).sum()
-
-
-def reference_policy(states: int = 1, runs: tuple[int, ...] = ()) -> Categorical:
-    """The reference in every state."""
-    logits = reference_probs().log()
-    return Categorical(logits.expand(*runs, states, ARMS))
-
-
-@dataclass(frozen=True)
-class BanditData:
-    """Offline pairs: in each row a state and two arms drawn from the reference, ranked by reward.
-
-    Draws are functions of (seed, row). A pair of equal rewards keeps its order.
-    """
-
-    reward: Tensor
-    """[V] of each arm."""
-    probs: Tensor
-    """[V] of what draws the arms."""
-    rows: int
-    states: int = 1
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def prompts_only(self, index: Any) -> tuple[Tensor, Tensor]:
-        """States [n, 1] and their mask."""
-        prompt = (torch.as_tensor(index) % self.states)[:, None]
-        return prompt, torch.ones_like(prompt, dtype=torch.bool)
-
-    def samples(self, index: Any, *, responses: list[int] | None = None) -> Samples:
-        """The better arm first."""
-        rows = torch.as_tensor(index)
-        prompt, prompt_mask = self.prompts_only(rows)
-        draw = uniform(stream_key(self.seed, "pairs"), rows[:, None], torch.arange(2))
-        arms = sample_index(self.probs.expand(*draw.shape, -1).contiguous(), draw)
-        rewards = self.reward[arms]
-        arms = torch.where((rewards[:, :1] < rewards[:, 1:]), arms.flip(-1), arms)
-        tokens = (arms if responses is None else arms[:, responses]).unsqueeze(-1)
-        ones = torch.ones_like(tokens, dtype=torch.bool)
-        return Samples(
-            prompt=prompt, prompt_mask=prompt_mask, tokens=tokens, mask=ones,
-            finished=ones[..., 0], origin=torch.full_like(tokens[..., 0], DATA), row=rows,
-        )  # fmt: skip

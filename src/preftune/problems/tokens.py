@@ -5,6 +5,7 @@ too many to enumerate: figures are of sampled prefixes, with the exact expectati
 token, so that only the prefixes are noise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -16,7 +17,7 @@ from preftune.method import Method
 from preftune.numerics import stream_keys, uniform
 from preftune.policies.stacked import StackedTransformer
 from preftune.problems.arms import reward_of
-from preftune.problems.bandit import ARMS, reference_probs
+from preftune.problems.bandit import ARMS, CONTINUOUS, coordinates, reference_probs
 from preftune.problems.drawn import Drawn, draws, mean_reward, recorded, scored
 from preftune.rounds import World
 from preftune.samples import Samples
@@ -31,6 +32,8 @@ class Tokens:
     """A prompt is one token, uniform; responses have nine tokens."""
 
     reward: str = "far"
+    """One token's, of which the mean is taken (`far`, `near` or of `REWARDS`), or one of all nine
+    as a vector (of `CONTINUOUS`)."""
     prompts: int = 500
     """That the policy is trained on, once an epoch each."""
     responses: int = 0
@@ -54,8 +57,8 @@ class Tokens:
             rows = scored(recorded(drawn), reference)
         return World(
             policy=policy, reference=reference, data=rows, prompts=rows,
-            reward=partial(mean_reward, reward_of(self.reward).float()), seed=seeds,
-            batch_size=batch_size, micro_batch_tokens=None,
+            reward=_judge(self.reward), seed=seeds, batch_size=batch_size,
+            micro_batch_tokens=None,
         )  # fmt: skip
 
     def evaluate(self, run: loop.State) -> dict[str, Tensor]:
@@ -69,7 +72,10 @@ class Tokens:
             drawn = policy.sample(prompt, mask, 2, draws(seeds, "judged", run.step), 0)
             logp, ref = (p.next_log_probs(prompt, drawn.tokens) for p in (policy, reference))
             p = logp.exp()
-            each = (p * reward_of(self.reward).float()).sum(-1)  # [R, n, 2, T]
+            if self.reward in CONTINUOUS:
+                each = _judge(self.reward)(drawn).unsqueeze(-1)
+            else:
+                each = (p * reward_of(self.reward).float()).sum(-1)  # [R, n, 2, T]
             kl = (p * (logp - ref)).sum((-2, -1))
             entropy = -(p * logp).sum((-2, -1))
         return {
@@ -77,6 +83,13 @@ class Tokens:
             "reverse_kl": kl.double().mean((-2, -1)),
             "entropy": entropy.double().mean((-2, -1)),
         }
+
+
+def _judge(name: str) -> Callable[[Samples], Tensor]:
+    """The reward of whole responses."""
+    if name in CONTINUOUS:
+        return lambda samples: CONTINUOUS[name](coordinates(samples.tokens).float())
+    return partial(mean_reward, reward_of(name).float())
 
 
 def _prompts(seeds: tuple[int, ...], name: str, count: int) -> Tensor:
