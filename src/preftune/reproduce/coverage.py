@@ -1,4 +1,4 @@
-"""Coverage (arXiv 2406.01462) where a network is trained: offline, hybrid and online, on `words`."""
+"""Coverage (arXiv 2406.01462) of trained networks: offline, hybrid and online, on `words`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +13,7 @@ from preftune.problems import words
 from preftune.problems.words import Words
 from preftune.reproduce import charts, rows
 from preftune.reproduce.claims import Cells, Claim, Measured, experiment
+from preftune.reproduce.solvers import slope
 from preftune.study import Cell, Curves
 from preftune.theory.closed_form import tilted
 from preftune.theory.linear_reward import fit_linear_reward
@@ -28,13 +29,6 @@ def _cell(s: Mapping[str, Any], method: Method, problem: Words, points: int = 10
         batch_size=s["batch_size"], learning_rate=s["learning_rate"],
         eval_every=s["updates"] // points,
     )  # fmt: skip
-
-
-def slope(sizes: Sequence[float], values: Tensor) -> Tensor:
-    """Of log values [S, E] on log sizes [E], by least squares, [S]."""
-    x = torch.tensor(sizes, dtype=torch.float64).log()
-    x = x - x.mean()
-    return (values.log() * x).sum(-1) / x.square().sum()
 
 
 def _plan_c4(claim: Claim, seeds: Sequence[int], full: bool) -> Cells:
@@ -189,7 +183,8 @@ def c8(claim: Claim, seeds: Sequence[int], runs: Runs) -> Measured:
     return Measured(
         values={
             "end": (hypo.last("reverse_kl") / dpo.last("reverse_kl")).log(),
-            "frontier": torch.stack(ratios).mean(0), "best-minus-last": lost(more_dpo) - lost(more_hypo),
+            "frontier": torch.stack(ratios).mean(0),
+            "best-minus-last": lost(more_dpo) - lost(more_hypo),
         },
         rows=table, figure=_frontier(runs), notes=[_early(s, runs)],
     )  # fmt: skip

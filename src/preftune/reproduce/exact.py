@@ -1,189 +1,20 @@
-"""Claims that are sums over arms: one gradient step, coverage, and constructions by hand."""
+"""Claims of bounds and of constructions by hand: sums over arms, nothing is fitted to data."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from preftune.numerics import normal, stream_keys, uniform
-from preftune.report.drawing import NEUTRAL, PALETTE
+from preftune.report.drawing import NEUTRAL
+from preftune.reproduce.charts import BLUE, RED, by_beta, chart, curve
 from preftune.reproduce.claims import Claim, Measured, experiment
-from preftune.reproduce.solvers import by_beta, chart, curve, single, steps_to_half
-from preftune.theory import coverage, dynamics, proposition
-from preftune.theory.bimodal import discretised_gaussian
+from preftune.reproduce.solvers import single
+from preftune.theory import coverage, proposition
 from preftune.theory.closed_form import kl, tilted
-from preftune.theory.dynamics import Order
-
-BLUE, RED = PALETTE[:2]
-ROUNDING = 1e-9
-"""Relative difference below which two sides of a comparison count as equal."""
-
-
-def _equal(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).abs() <= ROUNDING * torch.maximum(a.abs(), b.abs())
-
-
-@experiment("m3-cases")
-def three_cases(claim: Claim, seeds: Sequence[int], _: Any) -> Measured:
-    """Steps by autograd of the two divergences against the conditions of `theory.dynamics`."""
-    shape = (claim.settings["instances"], claim.settings["arms"])
-    p, q = (_policies(stream_keys(seeds, claim.id, name), *shape) for name in "pq")
-    kinds = {**_equal_policy(p, q), **_equal_target(p, q)}
-    rows, broken, compared = [], 0, 0
-    for name, (seen, stated, simple, dropped) in kinds.items():
-        kept = ~dropped
-        wrong = (seen != stated) & kept
-        broken, compared = broken + wrong.sum(-1), compared + kept.sum(-1)
-        rows.append({
-            "case": name, "compared": int(kept.sum()), "left_out": int(dropped.sum()),
-            "seen": float(seen.double().mean()), "stated": float(stated.double().mean()),
-            "sufficient": float(simple.double().mean()), "violations": int(wrong.sum()),
-            "sufficient_but_not_seen": int((simple & ~seen & kept).sum()),
-        })  # fmt: skip
-    notes = [
-        "The conditions are exact and derived here, not quoted from the paper.",
-        f"{sum(r['left_out'] for r in rows)} of {sum(r['compared'] for r in rows)} comparisons "
-        f"are left out because both sides are equal to rounding (relative {ROUNDING:g}).",
-        "None of the cases is a rule without its condition: they occur in "
-        f"{', '.join(format(r['seen'], '.0%') for r in rows)} of random instances.",
-    ]
-    share = broken / torch.as_tensor(compared).double()
-    return Measured(values={"": share}, rows=rows, notes=notes)
-
-
-def _policies(keys: Int[Tensor, " S"], count: int, arms: int) -> Float[Tensor, "S I A"]:
-    """Log-probs from nearly uniform to nearly deterministic: logits of scale 0 to 4."""
-    keys, instance = keys[:, None, None], torch.arange(count)[:, None]
-    scale = 4 * uniform(keys, instance, arms)
-    return (scale * normal(keys, instance, torch.arange(arms))).log_softmax(-1)
-
-
-def _steps(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Changes of the first two logits, [..., 2], in a step on forward and on reverse KL.
-
-    Of size 0.01; the change of a log-ratio is linear in the size, as the normaliser cancels.
-    """
-    changes = []
-    for divergence in (lambda z: kl(log_q, z), lambda z: kl(z, log_q)):
-        logits = log_p.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(divergence(logits.log_softmax(-1)).sum(), logits)
-        changes.append(-0.01 * gradient[..., :2])
-    return changes[0], changes[1]
-
-
-Case = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What the step shows, what the exact condition says, what a sufficient one says, and which
-comparisons are equal to rounding: each [S, I] bool."""
-
-
-def _equal_policy(log_p: Tensor, log_q: Tensor) -> dict[str, Case]:
-    """Case 1: p1 = p2, q1 > q2."""
-    log_p = torch.cat([log_p[..., :1], log_p[..., :1], log_p[..., 2:]], -1).log_softmax(-1)
-    log_q = _sorted_pair(log_q)
-    forward, reverse = (s[..., 0] - s[..., 1] for s in _steps(log_p, log_q))
-    mass, (q1, q2) = log_p[..., 0].exp(), log_q[..., :2].exp().unbind(-1)
-    mean = dynamics.logarithmic_mean(q1, q2)
-    name = "1: reverse KL widens the ratio more"
-    return {name: (reverse > forward, mass > mean, mass > q1, _equal(reverse, forward))}
-
-
-def _equal_target(log_p: Tensor, log_q: Tensor) -> dict[str, Case]:
-    """Cases 2 and 3: p1 > p2, q1 = q2."""
-    log_p = _sorted_pair(log_p)
-    log_q = torch.cat([log_q[..., :1], log_q[..., :1], log_q[..., 2:]], -1).log_softmax(-1)
-    steps = _steps(log_p, log_q)
-    forward, reverse = (s[..., 0] - s[..., 1] for s in steps)
-    (p1, p2), q = log_p[..., :2].exp().unbind(-1), log_q[..., 0].exp()
-    divergence = kl(log_p, log_q)
-    order = dynamics.equal_target_order(p1, p2, q, divergence)
-    falls = forward < 0
-    return {
-        "2: reverse KL raises the likelier arm": (
-            (reverse > 0) & falls, order == Order.ABOVE, q > math.e * p1,
-            _equal(steps[1][..., 0], steps[1][..., 1]),
-        ),
-        "3: reverse KL strips it faster": (
-            (reverse < forward) & falls, order == Order.BELOW, q < (-divergence).exp() * p2,
-            _equal(reverse, forward),
-        ),
-    }  # fmt: skip
-
-
-def _sorted_pair(log_p: Tensor) -> Tensor:
-    return torch.cat([log_p[..., :2].sort(-1, descending=True).values, log_p[..., 2:]], -1)
-
-
-CENTRES = tuple(range(35, 75, 5))
-"""Targets of `first-2` beside the two of its settings, arms: from the first that the reference does
-not have half of already."""
-
-
-@experiment("first-2")
-def mode_seeking_speed(claim: Claim, seeds: Sequence[int], _: Any) -> Measured:
-    """Exact gradient steps on forward and reverse KL from a narrow reference."""
-    s = claim.settings
-    centres = sorted({s["near"], s["far"], *CENTRES})
-    wide = float(s["width"])
-    means = torch.tensor([s["reference"], *centres], dtype=torch.float64)
-    log_all = discretised_gaussian(means, torch.full_like(means, wide))
-    log_ref, log_target = log_all[0], log_all[1:]
-    near = ((torch.arange(log_ref.shape[-1]) - means[1:, None]).abs() <= wide).double()
-    runs = {
-        name: steps_to_half(step, log_ref, log_target, near, s["rate"], s["most"])
-        for name, step in (
-            ("forward", dynamics.forward_kl_step), ("reverse", dynamics.reverse_kl_step)
-        )
-    }  # fmt: skip
-    steps = {name: reached for name, (reached, _) in runs.items()}
-    rows = [
-        {
-            "target": centre, "forward": int(steps["forward"][i]),
-            "reverse": int(steps["reverse"][i]), "most": s["most"],
-            "log2": math.log2(steps["forward"][i] / steps["reverse"][i]),
-            "reference_mass": float((log_ref.exp() * near[i]).sum()),
-        }
-        for i, centre in enumerate(centres)
-    ]  # fmt: skip
-    by = {row["target"]: row for row in rows}
-    half = (log_target.exp() * near).sum(-1) / 2
-    chosen = {f"target at {s[k]}": centres.index(s[k]) for k in ("near", "far")}
-    ahead = [r["target"] for r in rows if r["reverse"] < r["forward"]]
-    notes = [
-        _says(by[s["near"]]), _says(by[s["far"]]),
-        f"Reverse KL needs fewer steps for targets at {ahead or 'none'}, of {centres}. The lines "
-        "end where the last of these is reached, or at the most steps.",
-        "Reverse KL moves an arm in proportion to its own mass (a policy-gradient plateau): where "
-        "the reference has next to none, it is the slower. The statement needs its regime.",
-    ]  # fmt: skip
-    figure = _speed_figure(runs, chosen, half)
-    return Measured(values=single(by[s["far"]]["log2"]), rows=rows, figure=figure, notes=notes)
-
-
-def _says(row: dict[str, Any]) -> str:
-    steps = (
-        f"{row[k]}{' or more' if row[k] == row['most'] else ''} steps on {k} KL"
-        for k in ("forward", "reverse")
-    )
-    mass = f"reference mass {row['reference_mass']:.2g} near it"
-    return f"Target at {row['target']}, {mass}: {', '.join(steps)}."
-
-
-def _speed_figure(
-    runs: dict[str, tuple[Tensor, Tensor]], targets: dict[str, int], half: Tensor
-) -> Any:
-    lines = []
-    for (label, i), colour in zip(targets.items(), (BLUE, RED), strict=True):
-        for (name, (_, mass)), dash in zip(runs.items(), ("dash", "solid"), strict=True):
-            # evenly spaced on the logarithmic axis
-            at = torch.logspace(0, math.log10(len(mass) - 1), 300).round().long().unique()
-            lines.append(curve(f"{label}, {name} KL", at, mass[at, i], colour, dash))
-    ends = [1, max(len(mass) for _, mass in runs.values())]
-    lines.append(curve("half of the target's own", ends, [float(half[0])] * 2, NEUTRAL, "dot"))
-    title = "Mass near the target's peak over gradient steps, for a near target and a far one"
-    return chart(title, "gradient steps", "mass within one width of the peak", lines, log="x")
 
 
 @experiment("c1-prop41")

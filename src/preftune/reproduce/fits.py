@@ -1,4 +1,4 @@
-"""Claims of fits: a family to two modes, and tables and linear classes to labelled pairs."""
+"""Claims of coverage as fits: tables and linear classes to labelled pairs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,29 +10,21 @@ from torch import Tensor
 
 from preftune import objectives as o
 from preftune.numerics import normal, stream_keys, uniform
-from preftune.problems.bandit import Peak
-from preftune.report.drawing import NEUTRAL, PALETTE
+from preftune.report.drawing import NEUTRAL
+from preftune.reproduce.charts import BLUE, GREEN, RED, chart, curve, mean_line
 from preftune.reproduce.claims import Claim, Measured, experiment
 from preftune.reproduce.solvers import (
     Fit,
-    chart,
     count_pairs,
-    curve,
     descend,
     draw_pairs,
-    forward_fit,
     newton,
     pair_law,
     restricted_optimum,
-    sd_of,
-    single,
-    with_intervals,
+    slope,
 )
-from preftune.theory import bimodal
 from preftune.theory.closed_form import tilted
 from preftune.theory.coverage import regularised_value
-
-BLUE, RED, GREEN = PALETTE[:3]
 
 
 def _dpo(beta: float) -> Callable[[Tensor], Tensor]:
@@ -47,126 +39,6 @@ def _ipo(tau: float) -> Callable[[Tensor], Tensor]:
 def _reward(lead: Tensor) -> Tensor:
     """The loss of a reward model, of the lead of the chosen."""
     return o.bradley_terry(lead, torch.zeros_like(lead))
-
-
-@experiment("m3-bimodal")
-def two_modes(claim: Claim, seeds: Sequence[int], _: Any) -> Measured:
-    """Exact projections of two modes on the discretised Gaussians, by search of a grid."""
-    target = bimodal.two_modes()
-    family, grid = bimodal.unimodal_grid()
-    arms, rows = torch.arange(len(target)), []
-    lines = [curve("target", arms, target.exp(), NEUTRAL, fill="tozeroy")]
-    forward, reverse = bimodal.fits(target, family)
-    for name, nats, colour in (("forward", forward, BLUE), ("reverse", reverse, RED)):
-        i = int(nats.argmin())
-        rows.append({
-            "divergence": name, "mean": int(grid[i, 0]), "sd_parameter": int(grid[i, 1]),
-            "sd": float(sd_of(family[i])), "nats": float(nats[i]),
-        })  # fmt: skip
-        lines.append(curve(f"best by {name} KL", arms, family[i].exp(), colour))
-    notes = [
-        "{divergence} KL: mean parameter {mean}, sd parameter {sd_parameter}, sd over the arms "
-        "{sd:.2f}, {nats:.3f} nats from the target.".format(**row)
-        for row in rows
-    ]
-    notes += [
-        "The statistic takes the fits' sd over the 100 arms; a wide member is cut off at the ends, "
-        "so that its parameter is larger.",
-        "The paper's own target could not be recovered: modes at 25 and 75 of sd 5, weights 1 : "
-        "0.8, stand for it.",
-    ]
-    figure = chart("Forward KL covers both modes, reverse KL one", "arm", "mass", lines)
-    difference = rows[0]["sd"] - rows[1]["sd"]
-    return Measured(values=single(difference), rows=rows, figure=figure, notes=notes)
-
-
-LEAST_SD, MOST_SD = 2.0, 40.0
-"""Bounds of the family of `m3-reuse-limit`, arms."""
-UNIT = 5.0
-"""Arms to one unit of the mean's parameter: the largest round number with which steps of rate 0.5
-still settle at the least sd, where the curvature by the mean is up to (UNIT / sd)²."""
-
-
-@experiment("m3-reuse-limit")
-def reuse_limit(claim: Claim, seeds: Sequence[int], _: Any) -> Measured:
-    """One exact round fitted to the end, and exact gradient steps on fresh samples."""
-    s = claim.settings
-    mean = 30 + 40 * uniform(stream_keys(seeds, claim.id, "start"), 0)
-    start = bimodal.discretised_gaussian(mean, torch.full_like(mean, 20.0))
-    log_weight = torch.maximum(Peak(25, 8)(), 0.9 * Peak(75, 8)()) / s["beta"]
-    target = (start + log_weight).log_softmax(-1)
-    once = forward_fit(target, LEAST_SD, MOST_SD)
-    fresh, widest, moved = _fresh_steps(mean, log_weight, s["rate"], s["steps"])
-    log_once, log_fresh = (bimodal.discretised_gaussian(*fit) for fit in (once, fresh))
-    difference = sd_of(log_once) - sd_of(log_fresh)
-    on_one = ((fresh[0] - 25).abs() < 8) | ((fresh[0] - 75).abs() < 8)
-    on_one &= sd_of(log_fresh) < 8
-    rows = [
-        {
-            "seed": seed, "start": float(mean[i]), "sd_once": float(sd_of(log_once)[i]),
-            "mean_once": float(once[0][i]), "parameter_once": float(once[1][i]),
-            "sd_fresh": float(sd_of(log_fresh)[i]), "mean_fresh": float(fresh[0][i]),
-            "widest_fresh": float(widest[i]), "on_one_mode": bool(on_one[i]),
-        }
-        for i, seed in enumerate(seeds)
-    ]  # fmt: skip
-    notes = [
-        f"Fresh steps end on one mode in {int(on_one.sum())} of {len(seeds)} seeds, on the higher "
-        f"one in {int(((fresh[0] - 25).abs() < 8).sum())}; the last step moved a parameter by at "
-        f"most {float(moved.max()):.1g}.",
-        f"From a start between the modes they widen first (in {int((widest > 21).sum())} seeds, to "
-        f"an sd parameter of {float(widest.max()):.0f} at most): one mode is where they end, not "
-        "what they do throughout.",
-        "Fresh steps ascend log E[exp(r/β)], not the reward under a KL penalty: nothing holds the "
-        f"fit to its start, and its sd falls to {float(sd_of(log_fresh).max()):.2f} at most.",
-        "One round is fitted exactly, by bisection: the best member has the first two moments, "
-        "over the arms, of the start's samples as weighted.",
-        f"Parameters: mean in units of {UNIT:g} arms and log sd; sd parameter kept in "
-        f"[{LEAST_SD:g}, {MOST_SD:g}]. With units of 10 arms the steps overshoot at small sd "
-        "and wander around one mode.",
-    ]
-    return Measured(
-        values={"": difference}, rows=rows, notes=notes,
-        figure=_reuse_figure(seeds, target, log_once, log_fresh),
-    )  # fmt: skip
-
-
-def _fresh_steps(
-    mean: Float[Tensor, " S"], log_weight: Float[Tensor, " A"], rate: float, steps: int
-) -> tuple[tuple[Tensor, Tensor], Float[Tensor, " S"], Float[Tensor, " S"]]:
-    """Gradient ascent on Σ_a sg(p(a) w(a) / E_p[w]) log p(a), from sd 20.
-
-    No baseline is needed: the weights are exact, and the score has mean zero under p.
-
-    Returns:
-        (mean, sd) at the end, arms; the largest sd on the way; and the last step's size.
-    """
-    at = torch.stack([mean / UNIT, torch.full_like(mean, math.log(20.0))], -1)
-    limits = [[-torch.inf, math.log(LEAST_SD)], [torch.inf, math.log(MOST_SD)]]
-    low, high = torch.tensor(limits, dtype=at.dtype)
-    widest = moved = at[:, 1]
-    for _ in range(steps):
-        leaf = at.clone().requires_grad_()
-        log_p = bimodal.discretised_gaussian(UNIT * leaf[:, 0], leaf[:, 1].exp(), len(log_weight))
-        share = (log_p.detach() + log_weight).softmax(-1)
-        (gradient,) = torch.autograd.grad((share * log_p).sum(), leaf)
-        new = (at + rate * gradient).clamp(low, high)
-        moved, at = (new - at).abs().amax(-1), new
-        widest = torch.maximum(widest, at[:, 1])
-    return (UNIT * at[:, 0], at[:, 1].exp()), widest.exp(), moved
-
-
-def _reuse_figure(seeds: Sequence[int], target: Tensor, once: Tensor, fresh: Tensor) -> Any:
-    arms, lines = torch.arange(target.shape[-1]), []
-    for i, (seed, colour) in enumerate(zip(seeds, (BLUE, RED, GREEN), strict=False)):
-        for name, log_p, dash in (
-            ("weighted samples of the start", target, "dot"),
-            ("one round to the end", once, "solid"), ("fresh at each step", fresh, "dash"),
-        ):  # fmt: skip
-            lines.append(curve(f"seed {seed}, {name}", arms, log_p[i].exp(), colour, dash))
-    title = "Reward-weighted likelihood: one round used to the end, and fresh samples at each step"
-    figure = chart(title, "arm", "mass", lines, log="y")
-    return figure.update_yaxes(range=[-4, 0])  # powers of ten: what lies below is next to nothing
 
 
 RIDGE = 1e-4
@@ -190,18 +62,18 @@ def global_coverage(claim: Claim, seeds: Sequence[int], _: Any) -> Measured:
         name: top - regularised_value(log_p, log_ref[:, None], reward[:, None], beta)
         for name, log_p in policies.items()
     }
-    slope = {name: _slope(sizes, x) for name, x in lost.items()}
+    slopes = {name: slope(sizes, x) for name, x in lost.items()}
     rows = [
         {"method": name, "seed": seed, "pairs": n, "suboptimality": float(x[i, k])}
         for name, x in lost.items() for i, seed in enumerate(seeds) for k, n in enumerate(sizes)
     ]  # fmt: skip
     apart = (policies["DPO"] - policies["RLHF"]).abs().max()
-    later = float(_slope(sizes[1:], lost["DPO"][:, 1:]).mean())
+    later = float(slope(sizes[1:], lost["DPO"][:, 1:]).mean())
     notes = [
         f"From the second size on the slope of DPO is {later:.2f}: with the fewest pairs some "
         "arms never lose, and only the ridge holds them.",
         f"IPO does not get there: {float(lost['IPO'][:, -1].mean()):.3f} are left at the end, "
-        f"slope {float(slope['IPO'].mean()):.2f}. Its optimum on Bradley-Terry labels is another "
+        f"slope {float(slopes['IPO'].mean()):.2f}. Its optimum on Bradley-Terry labels is another "
         f"policy. With the fewest pairs it loses {float(lost['IPO'][:, 0].mean()):.2f}, DPO "
         f"{float(lost['DPO'][:, 0].mean()):.2f}.",
         f"DPO and RLHF are one fit here (log-probs differ by {float(apart):.1g} at most).",
@@ -211,15 +83,8 @@ def global_coverage(claim: Claim, seeds: Sequence[int], _: Any) -> Measured:
         "reference, so that some pairs are of one arm and say nothing.",
     ]
     return Measured(
-        values={"": slope["DPO"]}, rows=rows, figure=_loss_figure(sizes, lost), notes=notes
+        values={"": slopes["DPO"]}, rows=rows, figure=_loss_figure(sizes, lost), notes=notes
     )
-
-
-def _slope(sizes: Sequence[int], lost: Float[Tensor, "S N"]) -> Float[Tensor, " S"]:
-    """Least-squares slope of log suboptimality on log N."""
-    log_n = torch.tensor(sizes, dtype=lost.dtype).log()
-    log_n = log_n - log_n.mean()
-    return (lost.log() * log_n).sum(-1) / log_n.square().sum()
 
 
 def _tabular_fits(
@@ -244,13 +109,10 @@ def _tabular_fits(
 
 
 def _loss_figure(sizes: Sequence[int], lost: dict[str, Tensor]) -> Any:
-    marks = (
-        {"marker": {"size": 12, "symbol": "circle-open"}}, {"marker": {"size": 5}}, {}
-    )  # fmt: skip
-    lines = [
-        with_intervals(name, sizes, lost[name], colour, **mark)
-        for name, colour, mark in zip(lost, (BLUE, RED, GREEN), marks, strict=True)
-    ]
+    ring = {"marker": {"size": 12, "symbol": "circle-open"}}  # RLHF's line lies on DPO's
+    lines = []
+    for (name, values), colour in zip(lost.items(), (BLUE, RED, GREEN), strict=True):
+        lines += mean_line(name, sizes, values, colour, **(ring if name == "DPO" else {}))
     middle = float(lost["DPO"].mean(0)[0])
     guide = [middle * sizes[0] / n for n in (sizes[0], sizes[-1])]
     lines.append(curve("in proportion to 1/N", [sizes[0], sizes[-1]], guide, NEUTRAL, "dot"))
@@ -306,14 +168,22 @@ def _spanned_problem(
     claim: Claim, seeds: Sequence[int]
 ) -> tuple[Float[Tensor, "S A D"], Float[Tensor, "S A"]]:
     """Features of l1 norm 1 (normals over their norm), the last arm's e_1, and true rewards."""
-    arms, dims = claim.settings["arms"], claim.settings["features"]
-    keys = stream_keys(seeds, claim.id, "problem")[:, None]
-    features = normal(keys[..., None], torch.arange(arms)[:, None], torch.arange(dims))
+    keys, features = _features(claim, seeds)
+    arms, dims = features.shape[1:]
     features = features / features.abs().sum(-1, keepdim=True)
     features[:, -1] = torch.eye(dims, dtype=features.dtype)[0]
     weights = 4 * uniform(keys, arms, torch.arange(dims)) - 2
     weights[:, 0] = 5.0
     return features, (features @ weights[..., None])[..., 0]
+
+
+def _features(
+    claim: Claim, seeds: Sequence[int]
+) -> tuple[Int[Tensor, "S 1"], Float[Tensor, "S A D"]]:
+    """Keys of the problem's draws, and standard normal features, draws 0 to A − 1."""
+    keys = stream_keys(seeds, claim.id, "problem")[:, None]
+    arm, feature = (torch.arange(claim.settings[k]) for k in ("arms", "features"))
+    return keys, normal(keys[..., None], arm[:, None], feature)
 
 
 def _differences(features: Float[Tensor, "S A D"]) -> Float[Tensor, "S P D"]:
@@ -417,9 +287,8 @@ def _linear_problem(
 ) -> tuple[Float[Tensor, "S A D"], Float[Tensor, "S A"], Float[Tensor, "S A"]]:
     """Normal features, a reward linear in them (variance about 1), and a reference log-linear in
     the first few alone, so that it is in the smaller class too."""
-    arms, dims = claim.settings["arms"], claim.settings["features"]
-    keys = stream_keys(seeds, claim.id, "problem")[:, None]
-    features = normal(keys[..., None], torch.arange(arms)[:, None], torch.arange(dims))
+    keys, features = _features(claim, seeds)
+    arms, dims = features.shape[1:]
     weights, start = (normal(keys, arms + k, torch.arange(dims)) for k in (0, 1))
     start[:, fewer:] = 0.0
     reward = (features @ weights[..., None])[..., 0] / math.sqrt(dims)

@@ -17,7 +17,7 @@ E3_GRID = (5, 10, 20, 50, 200)
 E4_GRID = (5, 10, 20, 50, 100, 200, 500)
 
 
-def _cell(s: Mapping[str, Any], method: Method, rate: float, states: int, every: int = 10) -> Cell:
+def _cell(s: Mapping[str, Any], method: Method, rate: float, states: int, every: int = 20) -> Cell:
     """Full-batch updates on fixed samples of the reference."""
     n = s["samples_per_prompt"]
     return Cell(
@@ -39,8 +39,8 @@ def _ipo(s: Mapping[str, Any]) -> Method:
 def _plan_e3(claim: Claim, seeds: Sequence[int], full: bool) -> Cells:
     s = claim.settings
     found = {
-        "best-of-n": _cell(s, _best_of_n(s), s["best_of_n_rate"], s["states"]),
-        "IPO": _cell(s, _ipo(s), s["ipo_rate"], s["states"]),
+        "best-of-n": _cell(s, _best_of_n(s), s["best_of_n_rate"], s["states"], every=10),
+        "IPO": _cell(s, _ipo(s), s["ipo_rate"], s["states"], every=10),
     }
     for states in E3_GRID if full else ():
         found[f"best-of-n, {states} states"] = _cell(s, _best_of_n(s), s["best_of_n_rate"], states)

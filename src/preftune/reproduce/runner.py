@@ -14,7 +14,7 @@ from preftune.reproduce.page import write_page
 from preftune.runs import RunFolder
 from preftune.study import Cell, Study, one_thread
 
-MODULES = ("sampling", "gradients", "coverage", "exact", "fits")
+MODULES = ("sampling", "gradients", "coverage", "exact", "fits", "modes")
 """Of `preftune.reproduce`, where experiments are registered."""
 Tick = Callable[[int, int], None]
 

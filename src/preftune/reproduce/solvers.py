@@ -1,15 +1,13 @@
-"""What the exact experiments are made of: labelled pairs, convex fits, gradient steps, charts."""
+"""What the exact experiments are made of: labelled pairs, convex fits, gradient steps, slopes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preftune.figures import interval
 from preftune.numerics import uniform
-from preftune.report.drawing import PALETTE, Trace
 from preftune.theory.bimodal import discretised_gaussian
 
 CHUNK = 2**16
@@ -117,7 +115,7 @@ def newton(
     theta = weight.new_zeros(*weight.shape[:-1], design.shape[-1])
     active = torch.ones_like(theta[..., :1], dtype=torch.bool)
 
-    def slope(at: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(at: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient [..., D], and the loss's second derivative by each lead [..., P]."""
         h = (design @ at[..., None])[..., 0].requires_grad_()
         (first,) = torch.autograd.grad(loss(h).sum(), h, create_graph=True)
@@ -126,7 +124,7 @@ def newton(
         return gradient, second
 
     for _ in range(most):
-        gradient, second = slope(theta)
+        gradient, second = derivatives(theta)
         hessian = (design.mT * (weight * second)[..., None, :]) @ design
         hessian = hessian + ridge * torch.eye(theta.shape[-1], dtype=theta.dtype)
         step = -torch.linalg.solve(hessian, gradient[..., None])[..., 0]
@@ -135,7 +133,7 @@ def newton(
         active = active & (step.abs().amax(-1, True) > 1e-8 * size)  # the next would be of 1e-16
         if not active.any():
             break
-    return Fit(theta, slope(theta)[0].norm(dim=-1) / weight.sum(-1))
+    return Fit(theta, derivatives(theta)[0].norm(dim=-1) / weight.sum(-1))
 
 
 def descend(
@@ -291,59 +289,11 @@ def sd_of(log_p: Float[Tensor, "... A"]) -> Float[Tensor, "..."]:
     return (log_p.exp() * (arm - mean).square()).sum(-1).sqrt()
 
 
-def curve(name: str, x: Any, y: Any, colour: str, dash: str = "solid", **more: Any) -> Trace:
-    """A line through points; x and y are tensors or lists."""
-    points = {"x": torch.as_tensor(x).tolist(), "y": torch.as_tensor(y).tolist()}
-    style = {"color": colour, "dash": dash, "width": 2}
-    return {"type": "scatter", "mode": "lines", "name": name, "line": style} | points | more
-
-
-def with_intervals(
-    name: str, x: Any, values: Float[Tensor, "S N"], colour: str, **more: Any
-) -> Trace:
-    """A line through the means over seeds [S, N], with their 95 % bootstrap intervals."""
-    found = [interval(column[:, None]) for column in values.unbind(-1)]
-    ends = [(f["value"] or 0.0, f["low"], f["high"]) for f in found]
-    bars = {
-        "type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 4,
-        "array": [0.0 if high is None else high - mean for mean, _, high in ends],
-        "arrayminus": [0.0 if low is None else mean - low for mean, low, _ in ends],
-    }  # fmt: skip
-    means = [mean for mean, _, _ in ends]
-    return curve(name, x, means, colour, mode="lines+markers", error_y=bars, **more)
-
-
-def chart(title: str, x: str, y: str, traces: Sequence[Trace], *, log: str = "") -> Any:
-    """A plotly figure.
-
-    Args:
-        title: what is seen.
-        x: title of the axis, with its unit.
-        y: likewise.
-        traces: as dictionaries.
-        log: which axes are logarithmic: "x", "y" or "xy".
-    """
-    from plotly.graph_objects import Figure
-
-    axes = {
-        f"{axis}axis": {
-            "title": {"text": text},
-            "type": "log" if axis in log else None,
-            "exponentformat": "power",
-        }
-        for axis, text in (("x", x), ("y", y))
-    }
-    layout = {"title": {"text": title}, "template": "plotly_white", "showlegend": True} | axes
-    return Figure(data=list(traces), layout=layout)
-
-
-def by_beta(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> list[Trace]:
-    """A line of y over x for each β of the rows."""
-    lines = []
-    for beta, colour in zip(sorted({row["beta"] for row in rows}), PALETTE, strict=False):
-        mine = [row for row in rows if row["beta"] == beta]
-        lines.append(curve(f"β = {beta:g}", [r[x] for r in mine], [r[y] for r in mine], colour))
-    return lines
+def slope(sizes: Sequence[float], values: Float[Tensor, "S E"]) -> Float[Tensor, " S"]:
+    """Least-squares slope of the log of each seed's values on the log of the sizes."""
+    x = torch.tensor(sizes, dtype=torch.float64).log()
+    x = x - x.mean()
+    return (values.log() * x).sum(-1) / x.square().sum()
 
 
 def single(value: float) -> dict[str, Tensor]:
