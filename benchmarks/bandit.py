@@ -167,7 +167,7 @@ def targets() -> dict[str, tuple[float, float]]:
         "bandit_mlp": (States(states=50), rows.best_of_n(rows.fresh(n, 5, k)), n,
                        [2, 4, 8, 16], 5, 1.3),
         "bandit_tokens": (Tokens(prompts=10), rows.ipo(rows.fresh(10, 10, k), TAU, 0.0), 450,
-                          [2, 4, 8], 3, 1.3),
+                          [4, 8, 16], 3, 1.3),
     }  # fmt: skip
     for name, (problem, method, batch, chunks, repeats, target) in settings.items():
         ratio, chunk, ms = together(problem, method, batch, chunks, repeats)
