@@ -57,6 +57,7 @@ def _has_rare() -> Tensor:
     return (responses() == RARE).any(-1)
 
 
+@lru_cache(maxsize=16)
 def true_reward(seeds: tuple[int, ...]) -> Float[Tensor, "R S A"]:
     """Of every response to every prompt, within +-LIMIT."""
     reward = _pieces(seeds, "reward", 0.7).clamp(-LIMIT, LIMIT)

@@ -74,7 +74,8 @@ def styled(
         template="plotly_white", title={"text": title, "font": {"size": 15}}, height=420,
         xaxis={"title": x, "type": "log" if log_x else "-"},
         yaxis={"title": y, "type": "log" if log_y else "-"},
-        legend={"orientation": "h", "y": -0.22}, margin={"t": 56, "l": 64, "r": 16, "b": 64},
+        legend={"orientation": "h", "y": -0.3, "yanchor": "top"},
+        margin={"t": 56, "l": 64, "r": 16, "b": 110},
     )  # fmt: skip
     return figure
 

@@ -147,7 +147,8 @@ def e2_ppo(claim: Claim, seeds: Sequence[int], runs: Runs) -> Measured:
 
 def _passes(claim: Claim, seeds: Sequence[int], runs: Runs, values: Tensor) -> Measured:
     series = _shares(runs)
-    title = "Nine tokens, peak far: expected reward as samples are used, by passes over each round"
+    where = {"tokens": "Nine tokens", "arms": "One state"}[claim.settings["problem"]]
+    title = f"{where}, peak far: expected reward as samples are used, by passes over each round"
     return Measured(
         values={"": values}, rows=charts.table("share_of_samples", "reward", seeds, series),
         figure=charts.lines(title, "samples used, %", "expected reward (0 to 1)", series),
