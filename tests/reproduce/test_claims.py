@@ -11,7 +11,7 @@ import torch
 from preftune import cli
 from preftune.errors import UserError
 from preftune.reproduce import claims as claims_module
-from preftune.reproduce import runner
+from preftune.reproduce import page, runner
 from preftune.reproduce.claims import (
     EXPERIMENTS,
     Claim,
@@ -205,3 +205,10 @@ def test_other_code_is_not_mixed_in(tmp_path: Path, small: None, capsys, monkeyp
     monkeypatch.setattr(runner, "source_digest", lambda: "other")
     assert cli.run(["reproduce", "first-3", "--output", str(out), "--resume"]) == 2
     assert "other source code" in capsys.readouterr().err
+
+
+def test_a_wide_interval_is_said() -> None:
+    row = {"measured": 0.3, "interval": [0.1, 0.5], "margin": 0.1}
+    assert page.shown(row).endswith("wide")
+    assert not page.shown({**row, "margin": 0.25}).endswith("wide")
+    assert not page.shown({**row, "margin": 0}).endswith("wide"), "a sign has no width"
