@@ -49,8 +49,9 @@ docs: $(STAMP)  ## the documentation, into site/
 	@if [ -f scripts/make_docs.py ]; then $(BIN)/python scripts/make_docs.py; fi
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(STAMP)  ## measure speed against targets; one JSON line a target, last
-	$(BIN)/python benchmarks/run.py
+# BENCH names some of the lines: make bench BENCH="dpo_step sampling"
+bench: $(STAMP)  ## measure speed and memory against targets; one JSON line a target, last
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 reproduce: $(STAMP)  ## the papers' claims, run again, with their verdicts
 	$(BIN)/preftune reproduce

@@ -80,6 +80,19 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests keep nothing in the user's cache but the default model, which is converted once."""
+    from preftune.huggingface import cache_folder
+
+    models, folder = cache_folder() / "models", tmp_path_factory.mktemp("cache")
+    models.mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(models, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFTUNE_CACHE", str(folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
     """Tests that set the number of threads leave it to the next as they found it."""

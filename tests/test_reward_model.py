@@ -258,8 +258,8 @@ def test_a_prompt_is_computed_once(
         seen.append(tuple(layout.input_ids.shape))
         return original(self, module, layout, **options)
 
-    reward = build(folders["llama"])
-    plain = build(folders["llama"], share_prefix=False)
+    reward = build(folders["llama"], packing=False)
+    plain = build(folders["llama"], share_prefix=False, packing=False)
     monkeypatch.setattr(Trunk, "forward", spy)
     s = tiny.samples([[5, 6, 7]], [[[8, 9, 1], [10, 1]]])
     scores(reward, s)

@@ -130,8 +130,14 @@ def test_what_a_run_leaves_behind(tiny_model, pairs_file, tmp_path):
     config = settings(tiny_model, pairs_file, tmp_path / "r", eval_fraction=0.25, eval_every=2)
     run = train(config, reward=length_reward, callbacks=[lambda e: kinds.append(e.kind)])
     assert {p.name for p in run.folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "model", "report.html",
+        "config.yaml", "metrics.jsonl", "times.jsonl", "samples.jsonl", "evaluation.json", "model",
+        "report.html",
     }  # fmt: skip
+    times = [json.loads(x) for x in (run.folder / "times.jsonl").read_text().splitlines()]
+    assert [t["step"] for t in times] == [1, 2, 3, 4, 5]
+    last = sum(v for k, v in times[-1].items() if k.startswith("seconds_"))
+    before, after = run.metrics[-2]["seconds"], run.metrics[-1]["seconds"]
+    assert last == pytest.approx(after - before, abs=1e-6), "phases and idle time add up"
     assert [m["step"] for m in run.metrics] == [0, 1, 2, 3, 4, 5]
     assert [m["step"] for m in run.metrics if "eval_kl" in m] == [0, 2, 4, 5]
     assert run.metrics[0]["eval_kl"] == 0 and run.metrics[0]["eval_win_rate"] == 0.5

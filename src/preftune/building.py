@@ -24,7 +24,6 @@ from preftune.sampling.decoding import Decoding
 
 SMALL_MODEL = 5_000_000
 """Parameters below which bfloat16 gains nothing on a CPU."""
-CPU_MICRO_BATCH_TOKENS = 2048
 
 
 def method_of(config: Config, overrides: Mapping[str, Any] | None = None) -> Method:
@@ -74,10 +73,22 @@ def _set_term(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def decoding_of(config: Config) -> Decoding:
-    """How responses are drawn."""
+    """How responses are drawn.
+
+    Raises:
+        UserError: a stop string is empty, or a response may not end at all.
+    """
+    if "" in (config.stop or ()):
+        raise UserError("stop: a text is empty, which every response holds. Leave it out.")
+    if config.min_new_tokens >= config.max_new_tokens:
+        raise UserError(
+            f"min_new_tokens: {config.min_new_tokens} leaves a response no token to end with. "
+            f"Give less than max_new_tokens ({config.max_new_tokens})."
+        )
     return Decoding(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        top_p=config.top_p, top_k=config.top_k,
+        top_p=config.top_p, top_k=config.top_k, min_new_tokens=config.min_new_tokens,
+        stop=tuple(config.stop or ()),
     )  # fmt: skip
 
 
@@ -195,8 +206,9 @@ def make_model(
         )
     loaded = loaded.to(device=pick_device(config.device), dtype=_weights(config))
     return RewardModel(
-        loaded, autocast=autocast_of(config.dtype, loaded), share_prefix=config.share_prefix
-    )
+        loaded, autocast=autocast_of(config.dtype, loaded), share_prefix=config.share_prefix,
+        packing=config.packing,
+    )  # fmt: skip
 
 
 def _weights(config: Config) -> torch.dtype:
@@ -215,11 +227,15 @@ def make_policy(
         raise UserError(
             f"model '{config.model}': has no end token. Set eos_token_id in its configuration."
         )
+    if config.stop and tokenizer is None:
+        raise UserError("stop: needs the model's tokenizer. Give `tokenizer` beside `model`.")
     return Transformer(
         model, end_ids=ends, decoding=decoding_of(config),
         autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix,
+        packing=config.packing,
         value_head=method is not None and "value" in method.outputs | method.needs,
         controls=controls_of(method, tokenizer),
+        decode=None if tokenizer is None else lambda ids: huggingface.text_of(tokenizer, ids),
     )  # fmt: skip
 
 

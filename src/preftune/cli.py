@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from preftune import startup
 from preftune.cli_train import JSON, print_json, reward, train
 from preftune.errors import GuardStop, UserError, nearest
 
@@ -26,7 +27,13 @@ HELP = """usage: preftune COMMAND [--help]
 
 def main() -> None:
     """The console script."""
+    if sys.argv[1:2] and sys.argv[1] in _COMPUTING and not {"-h", "--help"} & set(sys.argv):
+        startup.restart()
     sys.exit(run(sys.argv[1:]))
+
+
+_COMPUTING = {"quickstart", "train", "reward", "evaluate", "sample", "reproduce"}
+"""Commands whose time is that of large tensors."""
 
 
 def run(args: Sequence[str]) -> int:

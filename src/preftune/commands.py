@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from preftune import building, huggingface, loading, meanings, methods, spec
+from preftune import automatic, building, huggingface, loading, meanings, methods, spec
 from preftune.config import Config
 from preftune.data import Renderer, Rows, check_end_token, inspect_rows, trivial_rules
 from preftune.errors import UserError
@@ -152,7 +152,7 @@ def inspect(
         scores = []
         for start in range(0, len(few), 8):
             part = few.samples(range(start, min(start + 8, len(few))))
-            logp = response_logp(policy, part, building.CPU_MICRO_BATCH_TOKENS)
+            logp = response_logp(policy, part, automatic.CPU_ROW_BUDGET)
             scores += [(float(c), float(r)) for c, r in logp]
             tick(len(scores), len(few))
         rules = trivial_rules(few, reference_scores=scores)

@@ -129,13 +129,29 @@ class Config(Strict):
     temperature: float = Field(1.0, ge=0, description="of sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="of sampling")
     top_k: int = Field(0, ge=0, description="of sampling; 0 is off")
+    min_new_tokens: int = Field(0, ge=0, description="tokens before a sampled response may end")
+    stop: list[str] | None = Field(None, description="texts that end a sampled response")
     truncation: Literal["drop", "left", "right", "error"] = Field(
         "drop", description="rows that are too long"
     )
     template: str = Field("auto", description="auto, none, or a .jinja file")
     system_prompt: str | None = Field(None, description="put before conversations that have none")
+    packing: bool | None = Field(
+        None, description="rows one after another without padding; default: where it works"
+    )
     share_prefix: bool | None = Field(
-        None, description="a prompt once for all its responses; default: where it works"
+        None, description="a prompt once for all its responses; default: where it saves tokens"
+    )
+    compile: bool | None = Field(
+        None, description="compile the model's blocks; default: where the run is long enough"
+    )
+    activation_checkpointing: bool | None = Field(
+        None,
+        description="compute activations again in the backward pass; default: where memory lacks",
+    )
+    reference_cache: bool | None = Field(
+        None,
+        description="keep the reference's log-probs of data on disk; default: where they are fixed",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         "auto", description="compute; weights stay float32"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preftune import building, held_out, judges, judging, loading, rewards
+from preftune import automatic, building, held_out, judges, judging, loading, rewards
 from preftune.commands import model_of, prompts_of
 from preftune.config import Config
 from preftune.data import Renderer, Rows
@@ -40,7 +40,7 @@ class _Job:
     @property
     def budget(self) -> int:
         """Tokens in one forward pass."""
-        return self.config.micro_batch_tokens or building.CPU_MICRO_BATCH_TOKENS
+        return self.config.micro_batch_tokens or automatic.CPU_ROW_BUDGET
 
     def answers(
         self,
@@ -85,8 +85,8 @@ def evaluate(
     mine = job.answers(job.policy, "samples", away_from=job.reference)
     if not mine.own:
         job.notes.append(
-            "decoding is not temperature 1, top-p 1, top-k 0: no KL, entropy and best-of-n, which "
-            "would be those of another distribution"
+            "decoding is not temperature 1, top-p 1, top-k 0 without a least length: no KL, entropy "
+            "and best-of-n, which would be those of another distribution"
         )
     against = None
     if job.reference is not None:

@@ -9,7 +9,10 @@ from typing import Annotated, Any
 from preftune.config import Config, suggest
 from preftune.errors import UserError
 
-GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "samples_per_prompt", "seed")
+GENERATION = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_new_tokens", "stop",
+    "samples_per_prompt", "seed",
+)  # fmt: skip
 MODEL = ("model", "dtype", "device", "threads", "share_prefix", "template", "system_prompt")
 DATA = ("max_rows", "max_length", "truncation", "bad_rows")
 JUDGES = ("reference", "reward", "gold", "reward_weights")
@@ -102,8 +105,8 @@ def _kind(name: str, annotation: Any) -> tuple[Any, str]:
     """What a setting is read as, and what stands for its value in --help: choices, or a type."""
     if name == "method":
         return str | None, "NAME"
-    if name in ("reward", "reward_weights"):
-        plain = "STR" if name == "reward" else "FLOAT"
+    if name in ("reward", "reward_weights", "stop"):
+        plain = "FLOAT" if name == "reward_weights" else "STR"
         return tuple[str, ...] | None, f"{plain} ..."
     if annotation is bool:
         return bool, ""

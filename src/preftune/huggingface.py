@@ -288,6 +288,22 @@ def _check_architecture(config: Any, name: str) -> None:
         )
 
 
+def register_attention(name: str, function: Any) -> None:
+    """Make an attention function known by a name; it is given the masks that `sdpa` is given."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def sdpa_attention(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    """transformers' own attention by torch's fused function."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **options)
+
+
 def accepted(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs that a model's forward names: some (ALiBi) take no position ids."""
     inner = module.get_base_model() if hasattr(module, "get_base_model") else module
@@ -304,6 +320,11 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
         if value is not None:
             found.update(value if isinstance(value, (list, tuple)) else [value])
     return sorted(int(i) for i in found)
+
+
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    """The text of token ids, special tokens left out, blanks kept."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

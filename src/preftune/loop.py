@@ -18,7 +18,8 @@ from preftune.errors import GuardStop
 from preftune.measures import Measures, numbers
 from preftune.method import Method
 from preftune.optimizer import Optimizer, make
-from preftune.policies.scoring import micro_batches
+from preftune.phases import Recorder, phase, recording
+from preftune.policies.scoring import micro_batches, sizes
 from preftune.rounds import Group, World, group_terms, next_minibatch, refill
 from preftune.samples import Batch, Samples
 from preftune.terms import count, loss_sum, narrow, trimmed
@@ -143,7 +144,9 @@ def gradient(
             if len(parts) > 1:
                 part, items = samples.take(index), [b.take(index) for b in labelled]
             part, items = trimmed(part, items)
-            total = total + _micro_batch(group, world, part, items, counts, measures)
+            tokens = 0 if world.policy.batch_shape else sum(sizes(part))
+            with phase("train", tokens):
+                total = total + _micro_batch(group, world, part, items, counts, measures)
     return Found(total if bool(found.any()) else None, found, measures)
 
 
@@ -182,6 +185,34 @@ def update(run: State, settings: Settings, measure: bool = True) -> Metrics:
             study, that of every run.
     """
     began = time.perf_counter()
+    with recording() as spent:
+        metrics = _update(run, settings, measure)
+    taken = time.perf_counter() - began
+    run.seconds += taken
+    return (
+        metrics
+        | ({} if run.world.policy.batch_shape else _times(spent, taken))
+        | {"seconds": run.seconds}
+    )
+
+
+OF_TIME = ("seconds_", "tokens_per_second_")
+"""How the names of an update's times begin."""
+
+
+def _times(spent: Recorder, taken: float) -> Metrics:
+    """Seconds of each phase of an update and of what is left, and tokens a second."""
+    out: Metrics = {f"seconds_{name}": seconds for name, seconds in spent.seconds.items()}
+    out["seconds_idle"] = taken - sum(spent.seconds.values())
+    for name in ("decode", "train"):
+        if spent.tokens.get(name):
+            seconds = spent.seconds[name] + (spent.seconds.get("prefill", 0) * (name == "decode"))
+            out[f"tokens_per_second_{name}"] = spent.tokens[name] / seconds
+    return out
+
+
+def _update(run: State, settings: Settings, measure: bool) -> Metrics:
+    """`update` without its times."""
     run.optimizer.zero_grad()
     measure = measure or any(t.max_ratio is not None for g in run.groups for t in g.terms)
     found = gradient(run.groups, run.world, run.version, measure=measure)
@@ -190,18 +221,19 @@ def update(run: State, settings: Settings, measure: bool = True) -> Metrics:
     rate = learning_rate(settings, run.step)
     metrics |= {"loss": None, "learning_rate": numbers(rate)}
     if found.loss is not None:
-        norm = run.optimizer.clip(settings.max_grad_norm)
+        with phase("train"):
+            norm = run.optimizer.clip(settings.max_grad_norm)
         metrics |= {"loss": _shown(found.loss, found.items), "grad_norm": _shown(norm, found.items)}
         _guard(run, found.loss, norm)
         active = found.items & ~run.stopped & ~found.measures.skipped()
-        run.optimizer.step(rate, active)
+        with phase("train"):
+            run.optimizer.step(rate, active)
         if bool(active.any()):
             run.version += not run.world.policy.batch_shape
             _follow(run)
     run.version += bool(run.world.policy.batch_shape)  # of a run, whatever the others do
     run.step += 1
-    run.seconds += time.perf_counter() - began
-    return metrics | {"seconds": run.seconds}
+    return metrics
 
 
 def _shown(value: Tensor, items: Tensor) -> Any:

@@ -21,6 +21,14 @@ DOCUMENTED = {
     "learning_rate": "rate of this update",
     "grad_norm": "norm of the whole gradient before clipping",
     "seconds": "time in updates so far (sampling and scoring included, evaluation not)",
+    "seconds_prefill": "of this update: prompts through the sampler",
+    "seconds_decode": "of this update: sampling one token after another",
+    "seconds_score": "of this update: log-probs and values of fresh samples and of the reference",
+    "seconds_reward": "of this update: in the reward",
+    "seconds_train": "of this update: forward, backward and optimizer",
+    "seconds_idle": "of this update: all else",
+    "tokens_per_second_decode": "sampled tokens, over prefill and decode",
+    "tokens_per_second_train": "tokens of responses and of prompts (each once), over training",
     "pairs": "pairs that remained after ties (rows with pairs)",
     "tied": "pairs masked because their rewards differ by no more than the threshold",
     "log_ratio_chosen": "mean log(policy / reference) of chosen responses, nats",
@@ -175,6 +183,10 @@ class Measures:
         if not self._stale and group.round.sampler_gap is None:
             self.add("sampler_gap", moved.sum(-1).abs(), fresh)
         if not group.round.trained_logp:
+            whole = logp.shape[-2] == group.round.samples.tokens.shape[-2]
+            if not self._stale and whole and samples.ref_logp is not None:
+                gone = masked_sum(logp - samples.ref_logp.to(logp), samples.mask)
+                self.add("kl", gone, fresh)
             return
         self._keep_all("moved", moved.sum(-1), fresh)
         self._keep_all("token_moved", moved, samples.mask & fresh.unsqueeze(-1))

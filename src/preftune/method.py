@@ -227,8 +227,9 @@ def _check_fresh(term: Term, update: int, decoding: Decoding) -> None:
         )
     if not decoding.unmodified:
         raise UserError(
-            f"{name} needs samples of the policy itself: temperature 1, top_p 1, top_k 0 "
-            f"(given: {decoding.temperature:g}, {decoding.top_p:g}, {decoding.top_k})."
+            f"{name} needs samples of the policy itself: temperature 1, top_p 1, top_k 0, "
+            f"min_new_tokens 0 (given: {decoding.temperature:g}, {decoding.top_p:g}, "
+            f"{decoding.top_k}, {decoding.min_new_tokens})."
         )
 
 
@@ -245,7 +246,8 @@ def _check_budget(method: Method, decoding: Decoding) -> None:
         )
     if not decoding.unmodified:
         raise UserError(
-            "target_kl measures the policy's own KL: it needs temperature 1, top_p 1, top_k 0."
+            "target_kl measures the policy's own KL: it needs temperature 1, top_p 1, top_k 0, "
+            "min_new_tokens 0."
         )
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**25
-"""Logits held at once by the chunked head: 128 MiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+"""Logits held at once by the chunked head: 128 MiB in float32, on a GPU 1 GiB."""
 
 
 def keep_freed_memory() -> None:
@@ -32,47 +32,97 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        product: torch.dtype | None,
     ) -> Tensor:
         logp, normaliser = [], []
         for h, t in _chunks(hidden, weight, target):
-            logits = _logits(h, weight, bias)
-            z = torch.logsumexp(logits, -1)
-            logp.append(logits.gather(-1, t[:, None]).squeeze(-1) - z)
+            logits = _exact_logits(h, weight, bias, product)
+            picked = logits.gather(-1, t[:, None]).squeeze(-1)
+            z = _logsumexp_(logits)
+            logp.append(picked - z)
             normaliser.append(z)
         ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normaliser))
+        ctx.product = hidden.dtype if product is None else product
         return torch.cat(logp)
 
     @staticmethod
     @once_differentiable  # `normaliser` carries no graph: a second derivative would be wrong
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, target, normaliser = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        wanted = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight) if wanted[1] else None
+        d_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
+        narrow = weight.to(ctx.product)
         start = 0
         for h, t in _chunks(hidden, weight, target):
             rows = slice(start, start + len(h))
             start += len(h)
             # d logp / d logits = onehot(target) - softmax, scaled by the incoming gradient
-            d_logits = _logits(h, weight, bias).sub_(normaliser[rows, None]).exp_().neg_()
-            d_logits.scatter_add_(-1, t[:, None], torch.ones_like(d_logits[:, :1]))
-            d_logits.mul_(grads[0][rows, None])
+            h = h.to(ctx.product)
+            d_logits = _wide_product(h, narrow.T, weight.dtype)
+            if bias is not None:
+                d_logits += bias
+            d_logits.sub_(normaliser[rows, None]).exp_().mul_(-grads[0][rows, None])
+            d_logits.scatter_add_(-1, t[:, None], grads[0][rows, None])
+            d_narrow = d_logits.to(ctx.product)
             if d_hidden is not None:
-                d_hidden[rows] = d_logits @ weight
+                d_hidden[rows] = d_narrow @ narrow
             if d_weight is not None:
-                d_weight.addmm_(d_logits.T, h)
+                _add_product_(d_weight, d_narrow.T, h)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
-        return d_hidden, d_weight, d_bias, None
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def _exact_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype | None
+) -> Tensor:
+    """Logits that no narrow type has rounded. A GPU, which multiplies wide numbers slowly, takes
+    the factors in `product` and adds up in the wide type."""
+    if product is None or hidden.device.type != "cuda":
+        return _logits(hidden, weight, bias)
+    logits = _wide_product(hidden.to(product), weight.to(product).T, weight.dtype)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in a type at least as wide as theirs; on a GPU added up and not rounded in between."""
+    if a.device.type == "cuda" and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; the sum is kept in the total's own type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _wide_product(a, b, total.dtype)
+
+
+def _logsumexp_(logits: Float[Tensor, "M V"]) -> Float[Tensor, " M"]:
+    """log sum exp over V. The logits are lost: no copy of them is made."""
+    top = logits.amax(-1, keepdim=True)
+    return logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(-1))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
 
 
+def _rows_at_once(weight: Tensor) -> int:
+    """Rows of a chunk."""
+    return max(1, CHUNK_ELEMENTS.get(weight.device.type, 2**25) // len(weight))
+
+
 def _chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, CHUNK_ELEMENTS // len(weight))
+    size = _rows_at_once(weight)
     return list(zip(hidden.split(size), target.split(size), strict=True))
 
 
@@ -81,6 +131,7 @@ def token_log_probs(
     weight: Float[Tensor, "V D"],
     target: Int[Tensor, " M"],
     bias: Float[Tensor, " V"] | None = None,
+    product: torch.dtype | None = None,
 ) -> Float[Tensor, " M"]:
     """Log-prob of each target token, in float32 at least, never holding [M, V].
 
@@ -88,13 +139,19 @@ def token_log_probs(
         hidden: last hidden states at the positions that predict the targets.
         weight: output embedding; bias: its bias, where the model has one.
         target: token ids.
+        product: type of the backward pass's products (as everywhere under autocast); None: of the
+            forward's. Log-probs are not rounded by it, and gradients are summed in the wider type.
     Returns:
         nats, in the wider of float32 and the inputs' dtype.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogProbs.apply(
-            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), target
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            target,
+            product,
         )  # type: ignore[return-value]
 
 
@@ -108,7 +165,7 @@ def token_collision(
     By chunks, in float32 at least, and without a gradient.
     """
     out = []
-    size = max(1, CHUNK_ELEMENTS // len(weight))
+    size = _rows_at_once(weight)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for h in hidden.split(size):
             out.append(_wide_logits(h, weight, bias).log_softmax(-1).mul_(2).logsumexp(-1))
@@ -126,7 +183,7 @@ def token_kl(
     By chunks, in float32 at least, and without a gradient.
     """
     out = []
-    size = max(1, CHUNK_ELEMENTS // len(head[0]))
+    size = _rows_at_once(head[0])
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for h, r in zip(hidden.split(size), ref_hidden.split(size), strict=True):
             logp = _wide_logits(h, *head).log_softmax(-1)

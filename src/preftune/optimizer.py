@@ -64,7 +64,7 @@ class Single:
 
     def clip(self, max_norm: float) -> Float[Tensor, ""]:
         """See `Optimizer.clip`."""
-        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm).cpu()
 
     def step(self, rate: float | Tensor, active: Bool[Tensor, ""]) -> None:
         """See `Optimizer.step`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from preftune import (
+    automatic,
     building,
     huggingface,
     judges,
@@ -16,6 +17,7 @@ from preftune import (
     likelihoods,
     loading,
     loop,
+    reference_cache,
     rewards,
     spec,
 )
@@ -48,7 +50,7 @@ class Parts:
     held_out: Rows | None
     reward: rewards.Reward | None
     gold: rewards.Reward | None
-    micro_batch_tokens: int | None
+    micro_batch_tokens: int | None = None
     notes: list[str] = field(default_factory=list)
     """What the user should know before the run."""
 
@@ -107,15 +109,19 @@ def prepare(
         config=config, method=method, output=output, model=trained, reference=None,
         tokenizer=tokenizer, renderer=renderer, data=None, prompts=None,
         held_out=None, reward=made_reward, gold=gold,
-        micro_batch_tokens=config.micro_batch_tokens,
     )  # fmt: skip
     _load_data(parts, data, trains)
+    rows = parts.data or parts.prompts
+    if rows is not None:  # before the reference is made, which is laid out as the policy is
+        parts.notes += automatic.choose_layout(config, trained.trunk, parts.method, rows)
     _load_reference(parts)
+    reason = reference_cache.obstacle(parts.method, parts.reference)
+    if trains and config.reference_cache and reason is not None:
+        raise UserError(f"reference_cache: {reason}. Leave it out.")
     if trains and parts.renderer is not None:
         for judge in (parts.reward, parts.gold):
             judges.try_reward(judge, parts.prompts, parts.renderer)
-    if parts.micro_batch_tokens is None and trained.device.type == "cpu":
-        parts.micro_batch_tokens = building.CPU_MICRO_BATCH_TOKENS
+    parts.micro_batch_tokens = automatic.row_budget(config, trained.trunk)
     if trained.autocast is not None and config.dtype == "auto":
         parts.notes.append(
             f"compute in {trained.autocast} over float32 weights: faster on this machine"
@@ -268,6 +274,8 @@ def _load_reference(parts: Parts) -> None:
         return
     if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
         parts.reference = building.make_reference(parts.config, parts.policy)
+        if parts.method.reference_update == "fixed" and not parts.reference.trunk.adapter_off:
+            parts.reference.trunk.narrow()
     if open_mode and parts.prompts is not None and parts.reference is not None:
         target = judges.measured_mode(parts.reference, parts.prompts)
         parts.reward = parts.reward and rewards.aimed(parts.reward, target)
@@ -308,6 +316,26 @@ def make_settings(parts: Parts) -> loop.Settings:
     )
 
 
+def keeps_reference(parts: Parts) -> bool:
+    """Whether the reference's log-probs of the data are computed once, before the first update."""
+    possible = reference_cache.obstacle(parts.method, parts.reference) is None
+    return possible and parts.config.reference_cache is not False
+
+
+def blocks_are(parts: Parts, settings: loop.Settings) -> dict[str, bool]:
+    """Whether the model's blocks are compiled, and whether their activations are recomputed."""
+    rows, trunk = parts.data or parts.prompts, parts.model.trunk
+    if rows is None:
+        return {"compile": False, "activation_checkpointing": False}
+    prompt, response, count = automatic.tokens_of(parts.method, rows, parts.config.max_new_tokens)
+    of_a_group = prompt + count * response
+    tokens = parts.config.batch_size * of_a_group
+    return {
+        "compile": automatic.compiles(parts.config, trunk, tokens, settings.max_steps),
+        "activation_checkpointing": automatic.recomputes(parts.config, trunk, of_a_group),
+    }
+
+
 def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
     """config.yaml: every setting as it is used, what was automatic included."""
     hidden = {*SETTINGS, "resume", "output", "method", "terms", "reward", "label_source"}
@@ -331,6 +359,9 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
         if parts.model.autocast
         else str(parts.model.model.dtype).removeprefix("torch."),
         "device": parts.model.device.type,
+        **blocks_are(parts, settings),
+        "packing": parts.model.packing,
         "share_prefix": parts.model.share_prefix,
+        **({"reference_cache": True} if keeps_reference(parts) else {}),
         "threads": torch.get_num_threads(),
     }

@@ -78,6 +78,8 @@ class Progress:
         if event.kind == "start":
             self.begin(self.stage or event.message, event.total)
             self.advance(event.step)
+        elif event.kind == "stage":
+            self.tick(event.message)(event.step, event.total)
         elif event.kind == "step":
             self._seen |= {
                 n: float(v) for n, _ in _SHOWN if (v := event.metrics.get(n)) is not None

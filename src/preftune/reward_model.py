@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune import huggingface
-from preftune.policies.packing import pack
 from preftune.policies.trunk import Trunk
 from preftune.samples import Samples
 
@@ -24,15 +23,21 @@ class RewardModel:
     batch_shape: tuple[int, ...] = ()
 
     def __init__(
-        self, model: Any, *, autocast: torch.dtype | None = None, share_prefix: bool | None = None
+        self,
+        model: Any,
+        *,
+        autocast: torch.dtype | None = None,
+        share_prefix: bool | None = None,
+        packing: bool | None = None,
     ) -> None:
         """
         Args:
             model: a decoder with a head `score` of one output (`huggingface.classifier_from`).
             autocast: compute dtype of the trunk; None computes in the weights' own.
             share_prefix: a prompt once for all of its responses; None decides by trying.
+            packing: rows one after another without padding; None decides by trying.
         """
-        self.trunk = Trunk(model, autocast=autocast, share_prefix=share_prefix)
+        self.trunk = Trunk(model, autocast=autocast, share_prefix=share_prefix, packing=packing)
 
     @property
     def model(self) -> Any:
@@ -48,6 +53,11 @@ class RewardModel:
     def share_prefix(self) -> bool:
         """A prompt is computed once for all of its responses, where they fit."""
         return self.trunk.share_prefix
+
+    @property
+    def packing(self) -> bool:
+        """Rows stand one after another without padding, where they fit."""
+        return self.trunk.packing
 
     @property
     def device(self) -> torch.device:
@@ -78,8 +88,7 @@ class RewardModel:
         longer = torch.arange(mask.shape[-1] + 1) <= length
         last = torch.zeros_like(longer).scatter(-1, length, True)
         tokens = torch.nn.functional.pad(tokens, (0, 1))
-        shared = self.trunk.shares(prompt_mask, longer)
-        layout = pack(prompt, prompt_mask, tokens, longer, shared=shared)
+        layout = self.trunk.layout(prompt, prompt_mask, tokens, longer)
         layout = replace(layout, predict=layout.predict[last[longer]])
         flat = self.trunk.one_number(self.trunk.whole.score, self.trunk.hidden(layout))
         # losses are formed on the CPU: a number a response, wherever the model is

@@ -16,9 +16,11 @@ from preftune.labellers import State
 from preftune.labellers.base import KL_SCALE, SEED, log_ratio
 from preftune.method import Method
 from preftune.numerics import masked_sum, permutation, stream_key
+from preftune.phases import phase
 from preftune.policies.base import Policy, Trainable
-from preftune.policies.scoring import outputs_all, score_all
+from preftune.policies.scoring import LOGP, outputs_all, score_all
 from preftune.samples import Batch, Samples
+from preftune.sources import Offline
 from preftune.terms import Term
 
 RewardFunction = Callable[[Samples], Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -48,6 +50,9 @@ class World:
     """Tokens in one forward pass; None: all at once."""
     data_reward: RewardFunction | None = None
     """Of responses to the prompts of `data`; None: `reward` serves both."""
+    known: Callable[[Source, Samples], Tensor | None] | None = None
+    """Log-probs by the reference of what a source collected, where they were computed beforehand
+    (`preftune.reference_cache`)."""
 
 
 @dataclass
@@ -159,24 +164,48 @@ def _score(drawn: Samples, group: Group, world: World) -> Round:
     budget, needs = world.micro_batch_tokens, group.needs
     exact = drawn.logp is not None and getattr(world.policy, "exact_sampler", False)
     own = {"value"} if "value" in needs and drawn.value is None else set()
-    if not exact and ("logp" in needs or group.shows_logp):
+    if not exact and "logp" in needs:
         own |= {"logp"}
-    found = outputs_all(world.policy, drawn, budget, frozenset(own)) if own else {}
-    samples, gap = replace(drawn, **found), None
-    if drawn.logp is not None and "logp" in found:
-        gap = float(masked_sum(drawn.logp - found["logp"], drawn.mask).abs().double().mean())
+    fresh = _with_outputs(Round(drawn, [], [], trained_logp=exact), world, frozenset(own))
+    samples = fresh.samples
+    if "ref_logp" in needs and samples.ref_logp is None and world.known is not None:
+        samples = replace(samples, ref_logp=world.known(group.source, samples))
     if "ref_logp" in needs and samples.ref_logp is None:
         assert world.reference is not None, "the row needs a reference policy"
         samples = replace(samples, ref_logp=score_all(world.reference, samples, budget))
     if "reward" in needs and samples.reward is None:
         judge = world.reward if group.source.draws else world.data_reward or world.reward
         assert judge is not None, "the row needs a reward"
-        judged = judge(samples)
+        with phase("reward"):
+            judged = judge(samples)
         total, named = judged if isinstance(judged, tuple) else (judged, {})
         extra = samples.extra | {f"{PART}{name}": part for name, part in named.items()}
         samples = replace(samples, reward=total, extra=extra)
         group.queries += samples.row.shape[-1] * samples.tokens.shape[-2]
-    return Round(samples, [], [], trained_logp=exact or "logp" in own, sampler_gap=gap)
+    return replace(fresh, samples=samples)
+
+
+def _with_outputs(fresh: Round, world: World, names: frozenset[str]) -> Round:
+    """The round with outputs of the policy as it is."""
+    if not names:
+        return fresh
+    drawn = fresh.samples
+    found = outputs_all(world.policy, drawn, world.micro_batch_tokens, names)
+    fresh = replace(fresh, samples=replace(drawn, **found))
+    if "logp" not in found:
+        return fresh
+    gap = fresh.sampler_gap
+    if drawn.logp is not None:
+        gap = float(masked_sum(drawn.logp - found["logp"], drawn.mask).abs().double().mean())
+    return replace(fresh, trained_logp=True, sampler_gap=gap)
+
+
+def _shown_by_its_update(group: Group, fresh: Round, labelled: list[Batch]) -> bool:
+    """Whether the one update of a round computes the log-probs of all of its samples, by the policy
+    that drew them: then they need no pass of their own."""
+    num_responses = fresh.samples.tokens.shape[-2]
+    pointed = sum(b.index.shape[-2:].numel() for b in labelled)
+    return len(fresh.minibatches) == 1 and pointed >= num_responses and not group.idle
 
 
 def _steer(group: Group, samples: Samples) -> None:
@@ -189,14 +218,41 @@ def _steer(group: Group, samples: Samples) -> None:
             group.states[i] = adapt(group.states[i], kl, group.target_kl)
 
 
-def _collect(group: Group, world: World, version: int, given: Samples | None) -> Samples:
-    """The next round's samples, unscored; a leading group first brings the reference along."""
+def _context(group: Group, world: World, version: int, given: Samples | None) -> Context:
+    """What the group's source may use."""
     source = group.source
-    ctx = Context(
+    return Context(
         data=world.prompts if source.draws else world.data, policy=world.policy,
         reference=world.reference, version=version, seed=world.seed,
         cursor=group.cursor, kept=group.kept, given=given if source.on_policy else None,
     )  # fmt: skip
+
+
+def visited(group: Group, world: World, updates: int) -> Tensor:
+    """Rows of the data, ascending, that so many updates from the beginning at most take of a
+    source that reads them."""
+    source = group.source
+    assert isinstance(source, Offline), "only such a source goes through the data by itself"
+    ctx = _context(replace(group, cursor=Cursor()), world, 0, None)
+    per_update = group.prompts_per_update(world.batch_size, source.num_responses)
+    taken = torch.zeros(len(ctx.rows), dtype=torch.bool)
+    for _ in range(updates):
+        taken[source.next_rows(ctx, per_update)] = True
+        if ctx.cursor.epoch:  # one takes every row
+            break
+    return taken.nonzero().squeeze(-1)
+
+
+def read(group: Group, world: World, rows: Tensor) -> Samples:
+    """What a source that reads the data makes of these rows; its place in them stays."""
+    apart = replace(group, cursor=Cursor(), kept={})
+    return group.source.collect(_context(apart, world, 0, None), len(rows), rows)
+
+
+def _collect(group: Group, world: World, version: int, given: Samples | None) -> Samples:
+    """The next round's samples, unscored; a leading group first brings the reference along."""
+    source = group.source
+    ctx = _context(group, world, version, given)
     new_epoch = group.cursor.position == 0 and group.cursor.epoch > 0
     if group.leads and (source.on_policy or new_epoch):
         assert world.reference is not None, "reference_update needs a reference"
@@ -234,6 +290,9 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
         key = stream_key(shared_seed(world.seed), group.source, "passes", drawn)
         order = permutation(key, number, num_prompts) if number else torch.arange(num_prompts)
         fresh.minibatches.extend(order.split(per_update))
+    shown = fresh.trained_logp or _shown_by_its_update(group, fresh, labelled)
+    if group.shows_logp and not shown:
+        fresh = _with_outputs(fresh, world, LOGP)
     group.round = fresh
 
 

@@ -48,10 +48,13 @@ class Offline:
         """See `Source.prompts_per_row`."""
         return self.responses if self.take == "conditioned" else 1
 
+    def next_rows(self, ctx: Context, n: int) -> Tensor:
+        """The rows of the data that the next n prompts are of."""
+        return ctx.next_rows(max(1, n // self.prompts_per_row), stream_key("Offline"), wrap=False)
+
     def collect(self, ctx: Context, n: int, prompts: Tensor | None = None) -> Samples:
         """See `Source.collect`."""
-        n = max(1, n // self.prompts_per_row)
-        rows = ctx.next_rows(n, stream_key("Offline"), wrap=False) if prompts is None else prompts
+        rows = self.next_rows(ctx, n) if prompts is None else prompts
         out = ctx.rows.samples(rows, responses=[0] if self.take == "chosen" else None)
         reward = _scores(out) if self.scored else None
         out = replace(out, origin=torch.full_like(out.origin, DATA), reward=reward)

@@ -11,15 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune import building, checkpoint, held_out, huggingface, loop, reward_evaluation
+from preftune import (
+    automatic,
+    building,
+    checkpoint,
+    held_out,
+    huggingface,
+    loop,
+    reference_cache,
+    reward_evaluation,
+)
 from preftune import config as configs
 from preftune.config import Config
 from preftune.errors import UserError
-from preftune.parts import Parts, make_settings, make_world, prepare, resolved_config
+from preftune.parts import (
+    Parts,
+    blocks_are,
+    keeps_reference,
+    make_settings,
+    make_world,
+    prepare,
+    resolved_config,
+)
 from preftune.policies.transformer import Transformer
 from preftune.report import write_report
 from preftune.reward_model import RewardModel
-from preftune.rounds import group_terms
+from preftune.rounds import World, group_terms
 from preftune.runs import RunFolder
 from preftune.samples import Samples, pad_stack
 
@@ -29,7 +46,7 @@ class Event:
     """What a callback is told."""
 
     kind: str
-    """note, start, step, save, end or interrupted."""
+    """note, stage (work before the first update), start, step, save, end or interrupted."""
     step: int = 0
     total: int = 0
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -123,7 +140,11 @@ def execute(
     if parts.config.resume and _finished(folder, settings):
         tell("note", message=f"{folder.path} is finished")
         return
-    state = loop.start(parts.method, make_world(parts), settings)
+    _make_blocks(parts, settings, tell)
+    world = make_world(parts)
+    if keeps_reference(parts):
+        world = _with_known(parts, world, settings, tell)
+    state = loop.start(parts.method, world, settings)
     if parts.config.resume:
         _go_on(state, folder, tell)
     with _Interrupt() as interrupt:
@@ -145,6 +166,35 @@ def execute(
             )
             raise KeyboardInterrupt
     _save_model(parts, folder)
+
+
+def _make_blocks(parts: Parts, settings: loop.Settings, tell: Tell) -> None:
+    """Compile the models' blocks, or have their activations recomputed, as settled."""
+    chosen = blocks_are(parts, settings)
+    compiled, recomputed = chosen["compile"], chosen["activation_checkpointing"]
+    if compiled:
+        tell("note", message="the model's blocks are compiled: the first steps take a minute more")
+    automatic.apply(parts.model.trunk, compiled=compiled, recomputed=recomputed)
+    if parts.reference is not None and not parts.reference.trunk.adapter_off:
+        automatic.apply(parts.reference.trunk, compiled=compiled, recomputed=False)
+
+
+def _with_known(parts: Parts, world: World, settings: loop.Settings, tell: Tell) -> World:
+    """The world with the reference's log-probs of the data; without a reference that nothing else
+    asks for, whose memory is free then."""
+    config, renderer = parts.config, parts.renderer
+    assert renderer is not None, "data were rendered"
+    world = reference_cache.attach(
+        world,
+        parts.method,
+        settings.max_steps,
+        reference_cache.text_settings(renderer, config.truncation, config.max_length),
+        note=lambda message: tell("note", message=message),
+        tick=lambda stage, done, total: tell("stage", step=done, total=total, message=stage),
+    )
+    if world.reference is None and parts.held_out is None:
+        parts.reference = None
+    return world
 
 
 class _Interrupt:
@@ -191,6 +241,7 @@ def _open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     folder = RunFolder(parts.output)
     before = folder.read_config()
     free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
+    free |= {"reference_cache"}  # the same values, up to rounding
     old, new = _flat(before), _flat(resolved)
     differs = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
     if differs:
@@ -226,7 +277,10 @@ def _go_on(state: loop.State, folder: RunFolder, tell: Tell) -> None:
 
 def _log(folder: RunFolder, tell: Tell, total: int, step: int, metrics: dict[str, Any]) -> None:
     row = {"step": step, **metrics}
-    folder.append("metrics.jsonl", [row])
+    times = {name: row.pop(name) for name in metrics if name.startswith(loop.OF_TIME)}
+    folder.append("metrics.jsonl", [row])  # but for `seconds` the same, however often it is run
+    if times:
+        folder.append("times.jsonl", [{"step": step, **times}])
     tell("step", step=step, total=total, metrics=row)
 
 

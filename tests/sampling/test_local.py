@@ -1,6 +1,6 @@
 """Sampling: what is drawn, and that it depends on nothing but its own prompt and random numbers."""
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from preftune.policies.transformer import Transformer
 from preftune.samples import Samples
 from preftune.sampling import local
 from preftune.sampling.decoding import Decoding
-from preftune.sampling.local import probabilities
+from preftune.sampling.plain import PlainDecoder
+from preftune.sampling.shared import SharedDecoder
 
 ENDS = tuple(range(40))
 """Many end tokens, so that responses of random models end at all lengths."""
@@ -124,36 +125,40 @@ def test_the_number_decoded_together_does_not_matter(
     assert torch.equal(parts.finished, whole.finished)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral"])
-def test_finished_rows_leave_and_others_go_on(
-    monkeypatch: pytest.MonkeyPatch, name: str, share: float
+@pytest.mark.parametrize("rows", [20, 45, 80])
+def test_finished_rows_leave_and_waiting_prompts_enter(
+    monkeypatch: pytest.MonkeyPatch, name: str, rows: int
 ) -> None:
+    """Whatever the model's way: 4 prompts with 20 responses each."""
     policy = sampler(name)
-    monkeypatch.setattr(local, "_LEAVE_SHARE", 2.0)
-    sizes = batch_sizes(policy, monkeypatch)
+    monkeypatch.setattr(PlainDecoder, "leave_share", 2.0)
+    monkeypatch.setattr(local, "can_share", lambda model: False)
+    sizes = row_counts(PlainDecoder, monkeypatch)
     stayed = draw(policy, count=20)
-    assert set(sizes[1:]) == {80}
-    monkeypatch.setattr(local, "_LEAVE_SHARE", share)
-    sizes.clear()
+    assert set(sizes) == {80}
+    monkeypatch.undo()
+    monkeypatch.setattr(local, "MAX_ROWS", rows)
+    can_share = policy.trunk.window > 99
+    sizes = row_counts(SharedDecoder if can_share else PlainDecoder, monkeypatch)
     left = draw(policy, count=20)
-    assert sizes[0] == 4 and len(set(sizes[1:])) > 1 and sizes[-1] < 60
+    assert len(set(sizes)) > 1 and max(sizes) <= rows and min(sizes) < 40
     assert texts(left) == texts(stayed)
     assert torch.equal(left.finished, stayed.finished)
     torch.testing.assert_close(left.logp, stayed.logp, rtol=0, atol=1e-10)
 
 
-def batch_sizes(policy: Transformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Filled with the rows of each forward pass."""
-    sizes: list[int] = []
-    original: Callable[..., Any] = local._step
+def row_counts(kind: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the rows of each step."""
+    counts: list[int] = []
+    original = kind.step
 
-    def spy(*args: Any, **inputs: Tensor) -> Any:
-        sizes.append(len(inputs["input_ids"]))
-        return original(*args, **inputs)
+    def spy(self: Any, tokens: Tensor) -> Tensor:
+        counts.append(len(tokens))
+        return original(self, tokens)
 
-    monkeypatch.setattr(local, "_step", spy)
-    return sizes
+    monkeypatch.setattr(kind, "step", spy)
+    return counts
 
 
 def test_other_random_numbers_give_other_responses() -> None:
@@ -162,7 +167,7 @@ def test_other_random_numbers_give_other_responses() -> None:
     assert texts(draw(policy, seed=1)) != texts(draw(policy))
 
 
-# --- distributions ------------------------------------------------------------------------------
+# --- greedy -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
@@ -180,60 +185,163 @@ def test_temperature_zero_is_greedy(name: str) -> None:
     torch.testing.assert_close(s.logp, scored, rtol=0, atol=1e-10)
 
 
-def brute_force(logits: list[float], temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Temperature, the k best, then the fewest of these that reach top_p; no ties."""
-    p = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1)
-    order = sorted(range(len(logits)), key=lambda i: -float(p[i]))
-    order = order[: top_k or None]
-    total, mass, kept = sum(float(p[i]) for i in order), 0.0, []
-    for i in order:
-        if mass >= top_p:
-            break
-        kept.append(i)
-        mass += float(p[i]) / total
-    out = torch.zeros_like(p)
-    out[kept] = p[kept]
-    return out / out.sum()
+# --- distributions of whole responses -----------------------------------------------------------
+
+SETTINGS = [
+    {}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}, {"min_new_tokens": 2},
+    {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_new_tokens": 1},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [0, 1, 3, 50])
-@pytest.mark.parametrize("top_p", [0.01, 0.4, 0.9, 1.0])
-def test_probabilities(temperature: float, top_k: int, top_p: float) -> None:
-    g = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(6, 9, generator=g, dtype=torch.float64)
-    decoding = Decoding(temperature=temperature, top_k=top_k, top_p=top_p)
-    found = probabilities(logits, decoding)
-    found = found / found.sum(-1, keepdim=True)
-    expected = torch.stack([brute_force(r.tolist(), temperature, top_k, top_p) for r in logits])
-    torch.testing.assert_close(found, expected)
-    plain = temperature == 1 and top_k == 0 and top_p == 1
-    assert decoding.unmodified == plain
-    if plain:
-        torch.testing.assert_close(found, logits.softmax(-1))
-
-
-@pytest.mark.parametrize("decoding", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.95}])
-def test_first_tokens_come_as_often_as_they_should(decoding: dict[str, Any]) -> None:
-    """Of 4000 draws, against the probabilities of a plain forward: chi-square, 99.9 %."""
-    count, vocab = 4000, 12
-    model = tiny.make("llama", vocab_size=vocab)
-    settings = Decoding(max_new_tokens=1, **decoding)
-    policy = Transformer(model, end_ids=[1], decoding=settings)
-    prompt = torch.tensor([[3, 7, 5]])
-    s = policy.sample(
-        prompt, prompt.bool(), count, lambda t, shape: uniform(0, t, torch.arange(count))[None], 0
-    )
+def next_distribution(
+    model: Any, prompt: list[int], before: list[int], end: int, decoding: Decoding
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the next token [V]: the model's own, and those that are sampled."""
     with torch.no_grad():
-        logits = model(input_ids=prompt).logits[:, -1]
-    p = brute_force(logits[0].tolist(), settings.temperature, settings.top_k, settings.top_p)
-    counts = torch.bincount(s.tokens.flatten(), minlength=vocab)
-    likely = p > 0
-    assert not counts[~likely].any()
-    statistic = ((counts - count * p) ** 2)[likely] / (count * p[likely])
-    limit = [0, 10.8, 13.8, 16.3, 18.5, 20.5, 22.5, 24.3, 26.1, 27.9, 29.6, 31.3]
-    freedom = int(likely.sum()) - 1
-    assert freedom > 0 and float(statistic.sum()) < limit[freedom]
+        own = model(input_ids=torch.tensor([prompt + before])).logits[0, -1]
+    allowed = own.clone()
+    if len(before) < decoding.min_new_tokens:
+        allowed[end] = -torch.inf
+    p = (allowed / decoding.temperature).softmax(-1)
+    order = p.argsort(descending=True)[: decoding.top_k or None]
+    share = p[order] / p[order].sum()
+    kept = order[share.cumsum(-1) - share < decoding.top_p]
+    sampled = torch.zeros_like(p)
+    sampled[kept] = p[kept] / p[kept].sum()
+    return own.log_softmax(-1), sampled.log()
+
+
+def enumerate_responses(
+    model: Any, prompt: list[int], end: int, decoding: Decoding
+) -> dict[tuple[int, ...], tuple[float, float]]:
+    """Log-prob of every response, the model's own and as sampled."""
+    out: dict[tuple[int, ...], tuple[float, float]] = {}
+    open_ = [((), 0.0, 0.0)]
+    while open_:
+        before, own, sampled = open_.pop()
+        tables = next_distribution(model, prompt, list(before), end, decoding)
+        for token in range(len(tables[0])):
+            if tables[1][token] == -torch.inf:
+                continue
+            after = (*before, token)
+            one = (own + float(tables[0][token]), sampled + float(tables[1][token]))
+            if token == end or len(after) == decoding.max_new_tokens:
+                out[after] = one
+            else:
+                open_.append((after, *one))
+    return out
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+def test_responses_come_as_often_as_they_should(
+    settings: dict[str, Any], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4000, against every response that there is, by plain forwards: chi-square, 99.9 %."""
+    count, end = 4000, 1
+    model = tiny.make("llama", vocab_size=6, max_position_embeddings=8)
+    decoding = Decoding(max_new_tokens=3, **settings)
+    monkeypatch.setattr(local, "can_share", lambda model: shared)
+    monkeypatch.setattr(local, "MAX_ROWS", 8000)
+    prompts = [[3, 5, 2], [4]]
+    s = tiny.samples(prompts, [[[1]], [[1]]])
+    drawn = local.generate(
+        model, s.prompt, s.prompt_mask, count,
+        lambda t, shape: uniform(7, t, torch.arange(2)[:, None], torch.arange(shape[1])),
+        decoding, [end], window=99,
+    )  # fmt: skip
+    for i, prompt in enumerate(prompts):
+        exact = enumerate_responses(model, prompt, end, decoding)
+        seen: dict[tuple[int, ...], int] = {}
+        for k in range(count):
+            inside = drawn.mask[i, k]
+            response = tuple(drawn.tokens[i, k][inside].tolist())
+            if response not in seen:
+                sums = (drawn.logp[i, k][inside].sum(), drawn.sampled_logp[i, k][inside].sum())
+                assert [float(x) for x in sums] == pytest.approx(exact[response], abs=1e-9)
+            seen[response] = seen.get(response, 0) + 1
+        expected = {r: count * math.exp(sampled) for r, (_, sampled) in exact.items()}
+        assert sum(expected.values()) == pytest.approx(count)
+        often = [r for r, n in expected.items() if n >= 5]
+        rest = count - sum(seen.get(r, 0) for r in often)
+        pairs = [(seen.get(r, 0), expected[r]) for r in often]
+        left = count - sum(expected[r] for r in often)
+        pairs += [(rest, left)] if left > 1 else []
+        statistic = sum((n - e) ** 2 / e for n, e in pairs)
+        freedom = len(pairs) - 1
+        # Wilson and Hilferty's approximation of the 99.9 % quantile
+        part = 2 / (9 * freedom)
+        assert freedom >= 3 and statistic < freedom * (1 - part + 3.09 * part**0.5) ** 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma3"])
+def test_greedy_is_what_generate_gives(name: str) -> None:
+    policy = sampler(name, temperature=0.0)
+    s = draw(policy, count=1)
+    for _, _, prompt, response in tiny.unpadded(s):
+        ids = torch.tensor([prompt])
+        out = policy.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=LONGEST, eos_token_id=list(ENDS), pad_token_id=0,
+        )  # fmt: skip
+        assert response == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("least", [1, 4, LONGEST - 1])
+def test_no_response_ends_before_its_least_length(least: int) -> None:
+    policy = sampler("llama", min_new_tokens=least)
+    lengths = [len(response) for *_, response in tiny.unpadded(draw(policy, count=20))]
+    assert min(lengths) == least + 1
+    free = [len(response) for *_, response in tiny.unpadded(draw(sampler("llama"), count=20))]
+    assert min(free) == 1
+
+
+# --- stop strings -------------------------------------------------------------------------------
+
+
+def letters(ids: list[int]) -> str:
+    """Two letters a token; the first of a text loses its first, as some tokenizers' blanks do."""
+    return "".join(f"{chr(97 + i % 7)}{chr(97 + i % 5)}" for i in ids)[1:]
+
+
+@pytest.mark.parametrize(("stop", "least"), [(("bc",), 0), (("cdd", "ee"), 0), (("bc", "e"), 5)])
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(
+    stop: tuple[str, ...], least: int
+) -> None:
+    model = tiny.make("llama")
+    plain = Decoding(max_new_tokens=40, min_new_tokens=least)
+    free = texts(draw(Transformer(model, end_ids=[], decoding=plain)))
+    settings = Decoding(max_new_tokens=40, min_new_tokens=least, stop=stop)
+    s = draw(Transformer(model, end_ids=[], decoding=settings, decode=letters))
+    cut = 0
+    for (i, k), response in texts(s).items():
+        whole = free[i, k]
+        ends = [
+            n
+            for n in range(max(1, least), 41)
+            if any(letters(whole[:n]).count(x) > letters(whole[: n - 1]).count(x) for x in stop)
+        ]
+        assert response == whole[: min(ends, default=40)]
+        assert bool(s.finished[i, k]) == bool(ends)
+        cut += bool(ends)
+    assert cut > 5 and settings.unmodified == (least == 0)
+
+
+def test_stop_strings_are_found_in_bounded_time() -> None:
+    """Not by decoding a long response from its beginning at every token."""
+    longest = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return letters(ids)
+
+    settings = Decoding(max_new_tokens=60, stop=("nowhere",))
+    draw(Transformer(tiny.make("llama"), end_ids=[], decoding=settings, decode=decode))
+    assert longest == len("nowhere") + 8
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
 
 
 def test_a_diverged_model_stops_the_run() -> None:

@@ -75,6 +75,11 @@ class Renderer:
         if self.chat:
             self._tail, self._template_ends = self._probe()
 
+    @property
+    def template_text(self) -> Any:
+        """The chat template in use, as the tokenizer holds it; None takes text as it is."""
+        return (self._template or self.tokenizer.chat_template) if self.chat else None
+
     def prompt_text(self, prompt: Prompt) -> str:
         """The rendered prompt, with what the template opens the answer by.
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from preftune.policies.attention import NAME
+
 UNLIMITED = sys.maxsize
 _WINDOWED = {"sliding_attention", "chunked_attention"}
 _WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -52,7 +54,7 @@ def share_window(model: Any) -> int:
     where none bites.
     """
     config = model.config.get_text_config()
-    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+    if getattr(model.config, "_attn_implementation", None) not in ("sdpa", NAME):
         return 0
     kinds = set(getattr(config, "layer_types", None) or _WINDOWED)
     if not kinds <= {"full_attention", *_WINDOWED}:

@@ -1,9 +1,11 @@
 """Forward passes of bounded size over a round of samples."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from preftune.numerics import batches
+from preftune.phases import phase
 from preftune.policies.base import Trainable
 from preftune.samples import Samples
 
@@ -19,11 +21,25 @@ def micro_batches(samples: Samples, budget: int | None) -> list[Tensor]:
     """Prompts by length in groups of at most `budget` tokens. A study's runs stay in one group."""
     if samples.row.ndim > 1 or budget is None:
         return [torch.arange(samples.row.shape[-1])]
-    size = sizes(samples)
+    return by_length(sizes(samples), budget)
+
+
+def by_length(size: Sequence[int], budget: int) -> list[Tensor]:
+    """Places of prompts of these sizes, longest first, in as few groups of at most `budget` tokens
+    as they need, about equally large: each pass over the weights costs the same again. One prompt
+    alone may exceed the budget."""
     order = sorted(range(len(size)), key=lambda i: -size[i])
-    return [
-        torch.tensor([order[i] for i in part]) for part in batches([size[i] for i in order], budget)
-    ]
+    enough = sum(size) / max(1, -(-sum(size) // budget))
+    groups: list[list[int]] = []
+    held = 0
+    for i in order:
+        full = held >= enough or held + size[i] > budget
+        if not groups or full or (len(groups[-1]) + 1) * size[groups[-1][0]] > 2 * budget:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += size[i]
+    return [torch.tensor(group) for group in groups]
 
 
 @torch.no_grad()
@@ -32,7 +48,8 @@ def outputs_all(
 ) -> dict[str, Tensor]:
     """The model's outputs for a whole round, without gradients, in pieces."""
     parts = micro_batches(samples, budget)
-    scored = [model.outputs(samples.take(index), names) for index in parts]
+    with phase("score", int(samples.mask.sum())):
+        scored = [model.outputs(samples.take(index), names) for index in parts]
     axis = samples.row.ndim - 1
     order = torch.argsort(torch.cat(parts))
     return {

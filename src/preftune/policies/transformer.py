@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from preftune.errors import UserError
 from preftune.numerics import token_collision, token_kl, token_log_probs
 from preftune.policies.capabilities import head_is_a_product
-from preftune.policies.packing import Layout, pack
+from preftune.policies.packing import Layout
 from preftune.policies.trunk import Trunk
 from preftune.samples import Samples, pad_stack
 from preftune.sampling.decoding import Decoding, Uniform
@@ -35,8 +35,10 @@ class Transformer:
         decoding: Decoding | None = None,
         autocast: torch.dtype | None = None,
         share_prefix: bool | None = None,
+        packing: bool | None = None,
         value_head: bool = False,
         controls: tuple[Sequence[int], Sequence[int]] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         """
         Args:
@@ -45,13 +47,16 @@ class Transformer:
             decoding: how responses are drawn.
             autocast: compute dtype of the trunk; None computes in the weights' own.
             share_prefix: a prompt once for all of its responses; None decides by trying.
+            packing: rows one after another without padding; None decides by trying.
             value_head: also estimate the reward before each response token, 0 to begin with.
             controls: token ids that ask for a bad and for a good response.
+            decode: the text of token ids, for `decoding`'s stop strings.
         """
-        self.trunk = Trunk(model, autocast=autocast, share_prefix=share_prefix)
+        self.trunk = Trunk(model, autocast=autocast, share_prefix=share_prefix, packing=packing)
         self.end_ids = tuple(end_ids)
         self.decoding = decoding or Decoding()
         self.controls = controls
+        self.decode = decode
         self.exact_sampler = autocast is None
         self._whole_model = not head_is_a_product(self.trunk.whole)
         self.value_head = self._new_value_head() if value_head else None
@@ -72,13 +77,18 @@ class Transformer:
         return self.trunk.share_prefix
 
     @property
+    def packing(self) -> bool:
+        """Rows stand one after another without padding, where they fit."""
+        return self.trunk.packing
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.trunk.device
 
     def _new_value_head(self) -> torch.nn.Linear:
         """Value 0 everywhere; where the hidden state stands in its forward says how wide it is."""
-        width = self.trunk.probe(shared=False).shape[-1]
+        width = self.trunk.probe().shape[-1]
         head = torch.nn.Linear(width, 1, device=self.device, dtype=self.trunk.wide)
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -103,8 +113,7 @@ class Transformer:
     ) -> dict[str, Tensor]:  # fmt: skip
         """`outputs`, of tensors. No padded position is ever computed into a sum."""
         assert names <= OUTPUTS, f"a language model gives no {', '.join(sorted(names - OUTPUTS))}"
-        shared = self.trunk.shares(prompt_mask, mask)
-        layout = pack(prompt, prompt_mask, tokens, mask, shared=shared)
+        layout = self.trunk.layout(prompt, prompt_mask, tokens, mask)
         target = tokens[mask].to(self.device)
         flat: dict[str, Tensor] = {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"collision"}):
@@ -118,7 +127,7 @@ class Transformer:
                 hidden = self.trunk.hidden(layout)
                 weight, bias = self._head()
                 if "logp" in names:
-                    flat["logp"] = token_log_probs(hidden, weight, target, bias)
+                    flat["logp"] = token_log_probs(hidden, weight, target, bias, self.autocast)
                 if "collision" in names:
                     flat["collision"] = token_collision(hidden, weight, bias)
             if "value" in names:
@@ -159,10 +168,10 @@ class Transformer:
         origin: int,
     ) -> Samples:
         """See `Policy.sample`. Token ids are kept as drawn, never decoded and tokenised again."""
-        with self.trunk.running():
+        with self.trunk.running(), self.trunk.uncompiled():
             drawn = generate(
                 self.trunk.whole, prompt, prompt_mask, num_responses, uniform, self.decoding,
-                self.end_ids,
+                self.end_ids, window=self.trunk.window, decode=self.decode,
             )  # fmt: skip
         return Samples(
             prompt=prompt,
@@ -191,8 +200,7 @@ class Transformer:
     def step_kl(self, reference: "Transformer", samples: Samples) -> Float[Tensor, "n K T"]:
         """See `Policy.step_kl`."""
         s = samples
-        shared = all(x.trunk.shares(s.prompt_mask, s.mask) for x in (self, reference))
-        layout = pack(s.prompt, s.prompt_mask, s.tokens, s.mask, shared=shared)
+        layout = self.trunk.layout(s.prompt, s.prompt_mask, s.tokens, s.mask, reference.trunk)
         if self._whole_model or reference._whole_model:
             logp, ref_logp = (x._whole_log_probs(layout)[0] for x in (self, reference))
             flat = (logp.exp() * (logp - ref_logp)).sum(-1)
@@ -230,7 +238,7 @@ class Transformer:
             twin.trunk = self.trunk.frozen_copy()
             return twin
         twin.trunk = self.trunk.without_adapter()
-        if not torch.equal(twin.trunk.probe(shared=False), self.trunk.probe(shared=False)):
+        if not torch.equal(twin.trunk.probe(), self.trunk.probe()):
             log.warning(
                 "adapter: it already changes the model. The reference is the model without it; "
                 "merge the adapter into the weights to start from it."
@@ -264,4 +272,5 @@ class Transformer:
             autocast=self.autocast,
             share_prefix=None if self.share_prefix else False,
             controls=self.controls,
+            decode=self.decode,
         )

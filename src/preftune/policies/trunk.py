@@ -8,15 +8,17 @@ autocast, and heads and everything after them stay in float32.
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune.errors import UserError
 from preftune.huggingface import accepted
+from preftune.policies.attention import NAME, register
+from preftune.policies.blocks import compile_blocks, counting_kept
 from preftune.policies.capabilities import share_window
 from preftune.policies.packing import Layout, pack
 
@@ -31,13 +33,19 @@ class Trunk:
     """A transformers model with a head, without its head."""
 
     def __init__(
-        self, model: Any, *, autocast: torch.dtype | None = None, share_prefix: bool | None = None
+        self,
+        model: Any,
+        *,
+        autocast: torch.dtype | None = None,
+        share_prefix: bool | None = None,
+        packing: bool | None = None,
     ) -> None:
         """
         Args:
             model: with a head for tokens or for scores, as transformers or peft gives it.
             autocast: compute dtype; None computes in the weights' own.
             share_prefix: a prompt once for all of its responses; None decides by trying.
+            packing: rows one after another without padding; None decides by trying.
         """
         self.model = model.eval()
         self.autocast = autocast
@@ -48,8 +56,12 @@ class Trunk:
                 "adapter: one that puts tokens before the prompt is not supported. Give LoRA or "
                 "another that changes the weights."
             )
+        self.compiled = False
         self.window = share_window(model)
-        able = share_prefix is not False and self._can_share()
+        self.packing = packing is not False and self._can_pack()
+        if packing and not self.packing:
+            log.warning("packing: not possible with this model; rows are padded")
+        able = share_prefix is not False and (self.packing or self._can_share())
         if share_prefix and not able:
             log.warning("share_prefix: not possible with this model; rows hold one response each")
         self.share_prefix = able
@@ -120,10 +132,24 @@ class Trunk:
             states = hidden.to(self.wide)
             return torch.nn.functional.linear(states, head.weight.to(self.wide), bias).squeeze(-1)
 
-    def shares(self, prompt_mask: Tensor, mask: Tensor) -> bool:
-        """Whether the responses of a prompt share a row."""
-        longest = prompt_mask.sum(-1) + mask.sum(-1).amax(-1)
-        return self.share_prefix and int(longest.max()) <= self.window
+    def layout(
+        self,
+        prompt: Int[Tensor, "n P"],
+        prompt_mask: Bool[Tensor, "n P"],
+        tokens: Int[Tensor, "n K T"],
+        mask: Bool[Tensor, "n K T"],
+        *beside: "Trunk",
+    ) -> Layout:
+        """The rows of a forward pass, also that of trunks beside it."""
+        longest = int((prompt_mask.sum(-1) + mask.sum(-1).amax(-1)).max())
+        trunks = (self, *beside)
+        fits = all(longest <= x.window for x in trunks)
+        return pack(
+            prompt, prompt_mask, tokens, mask,
+            shared=fits and all(x.share_prefix for x in trunks),
+            packed=fits and all(x.packing for x in trunks),
+            device=self.device,
+        )  # fmt: skip
 
     def without_adapter(self) -> "Trunk":
         """The same weights with the adapter off."""
@@ -141,16 +167,50 @@ class Trunk:
         """A copy with weights of its own, which are not trained."""
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if self.compiled:  # which a copy is not
+            twin.compile()
         return twin
 
+    def narrow(self) -> None:
+        """Keep the weights of products in the type in which autocast computes them: the same
+        results bit for bit, half the memory, no cast at each pass. For weights that stay."""
+        head = self.whole.get_output_embeddings()
+        for module in self.model.modules() if self.autocast is not None else ():
+            if type(module) is torch.nn.Linear and module is not head:
+                module.to(self.autocast)
+
+    def compile(self) -> None:
+        """Compile the model's blocks. Reference and policy are compiled alike: rounding differs."""
+        self.compiled = True
+        compile_blocks(self.whole.base_model)
+
+    def uncompiled(self) -> Any:
+        """A context in which blocks run as they are written: a sampler's caches would have every
+        layer compiled by itself."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+    def activation_bytes(self) -> float:
+        """Bytes that a training pass keeps for each token, weights left out: two short rows differ
+        by so much."""
+        kept, sizes = [], []
+        for size in (16, 48) if self.device.type == "cpu" else (128, 256):  # a bucket each
+            ids = torch.arange(2, 2 + size)[None]
+            ones = torch.ones_like(ids).bool()
+            layout = self.layout(ids[:, :1], ones[:, :1], ids[:, None, 1:], ones[:, None, 1:])
+            with counting_kept() as total, torch.enable_grad():
+                self.hidden(layout)
+            kept.append(total[0])
+            sizes.append(layout.input_ids.numel())
+        return (kept[1] - kept[0]) / (sizes[1] - sizes[0])
+
     @torch.no_grad()
-    def probe(self, *, shared: bool) -> Float[Tensor, "M D"]:
-        """Hidden states of two short responses to one prompt, in the weights' own precision."""
+    def probe(self, *, shared: bool = False, packed: bool = False) -> Float[Tensor, "M D"]:
+        """Hidden states of two prompts with two short responses, in the weights' own precision."""
         vocab = self.model.config.get_text_config().vocab_size
         prompt, tokens = (torch.tensor(ids) % vocab for ids in _PROBE)
         layout = pack(
             prompt, torch.ones_like(prompt).bool(), tokens, torch.ones_like(tokens).bool(),
-            shared=shared,
+            shared=shared, packed=packed, device=self.device,
         )  # fmt: skip
         exact = copy.copy(self)
         exact.autocast = None  # its rounding would hide a wrong mask
@@ -158,11 +218,31 @@ class Trunk:
 
     def _can_share(self) -> bool:
         """Whether two responses in one row are read as they are in rows of their own."""
+        return self._reads_alike(shared=True)
+
+    def _can_pack(self) -> bool:
+        """Whether rows one after another are read as they are by themselves. The model's attention
+        becomes ours, which is `sdpa` for all but packed rows."""
+        config = self.model.config
+        before = getattr(config, "_attn_implementation", None)
+        if self.window == 0 or self.model.dtype == torch.float16:
+            return False
+        register()
+        config._attn_implementation = NAME
+        if self._reads_alike(shared=True, packed=True) and self._reads_alike(packed=True):
+            return True
+        config._attn_implementation = before
+        if self.device.type == "cuda":  # slower by far, and often for want of a compiler
+            log.warning("packing: not possible here; rows are padded")
+        return False
+
+    def _reads_alike(self, **layout: bool) -> bool:
+        """Whether a layout gives the hidden states that rows of one response each give."""
         if self.window < sum(len(ids[0]) for ids in (_PROBE[0], _PROBE[1][0])):
             return False
         try:
-            apart, together = self.probe(shared=False), self.probe(shared=True)
-        except (RuntimeError, ValueError, TypeError, AttributeError):
+            apart, together = self.probe(), self.probe(**layout)
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
             return False
         # the mean over positions may be large (some dimensions are nearly constant) and tells
         # nothing of the mask
@@ -171,5 +251,8 @@ class Trunk:
         return bool(off <= _NEAR.get(self.model.dtype, _NEAR_HALF) * size)
 
 
-_PROBE = ([[3, 5, 7]], [[[11, 13, 17, 19], [23, 29, 31, 37]]])
-"""Token ids of a prompt [1, P] and of its responses [1, K, T]."""
+_PROBE = (
+    [[3, 5, 7], [41, 43, 47]],
+    [[[11, 13, 17, 19], [23, 29, 31, 37]], [[53, 59, 61, 67], [71, 73, 79, 83]]],
+)
+"""Token ids of prompts [n, P] and of their responses [n, K, T]."""

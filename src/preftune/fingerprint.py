@@ -1,0 +1,101 @@
+"""What the log-probs of a language model depend on, as plain data: its weights, how it computes,
+and the code that does it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import preftune
+from preftune.policies.transformer import Transformer
+
+_CODE = ("numerics.py", "policies/*.py")
+"""What makes log-probs of weights and token ids."""
+
+Tick = Callable[[str, int, int], None]
+"""tick(stage, done, total)."""
+
+
+def of_computation(policy: Transformer, tick: Tick) -> dict[str, Any]:
+    """The model and its weights, how it computes, and the code."""
+    model = policy.model
+    config = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("_name_or_path", "transformers_version")
+    }
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "config": digest(as_json(config)),
+            "weights": of_weights(model, tick),
+            "dtype": str(model.dtype),
+        },
+        # Most of these change rounding alone. They stand here so that what one run kept changes no
+        # bit of another.
+        "computed": {
+            "autocast": str(policy.autocast),
+            "attention": str(getattr(model.config, "_attn_implementation", None)),
+            "share_prefix": policy.share_prefix,
+            "packing": policy.packing,
+            "compiled": policy.trunk.compiled,
+            "device": _device_name(policy.device),
+            "threads": torch.get_num_threads(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
+        },
+        "code": {
+            "preftune": preftune.__version__,
+            "files": _code_digest(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
+def _code_digest() -> str:
+    found, here = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def of_weights(model: torch.nn.Module, tick: Tick = lambda stage, done, total: None) -> str:
+    """A hash of every weight and buffer: name, type, shape and bytes."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def one(named: tuple[str, Tensor]) -> str:
+        name, tensor = named
+        found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets other threads run
+        found = []
+        for one_digest in pool.map(one, sorted(tensors.items())):
+            found.append(one_digest)
+            tick("hashing weights", len(found), len(tensors))
+    return digest("\n".join(found))
+
+
+def as_json(value: Any) -> str:
+    """One spelling of plain data."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def digest(text: str) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
