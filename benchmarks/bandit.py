@@ -15,7 +15,6 @@ bandit_ceiling   offline DPO on tables of 100 arms: run-updates a second, as a s
 All on one thread (a study's workers have one each), in this process, interleaved, medians.
 """
 
-import json
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from plain_bandit import PlainGPT, step
-from run import hardware
+from results import Plan, Row, hardware
 
 from preftune import loop
 from preftune.method import Method
@@ -177,12 +176,16 @@ def targets() -> dict[str, tuple[float, float]]:
     return found
 
 
+def rows_of(plan: Plan) -> list[Row]:
+    """All of them; the plan is the laboratory's own."""
+    return [Row(name, *found) for name, found in targets().items()]
+
+
 def main() -> None:
     """Measure, then print one line a target."""
-    for name, (ratio, target) in targets().items():
-        assert math.isfinite(ratio)
-        row = {"name": name, "ratio": round(ratio, 3), "target": target, "hardware": hardware()}
-        print(json.dumps(row))
+    for row in rows_of(Plan()):
+        assert math.isfinite(row.ratio)
+        print(row.line(hardware()))
 
 
 if __name__ == "__main__":

@@ -1,122 +1,111 @@
 """Speed and memory against targets: one JSON line a target, last, bigger is better.
 
-`token_log_probs` is measured against the plain way (logits of the whole vocabulary, then
-log-softmax), forward and backward, at the sizes of SmolLM2-135M's head. Both run in this process
-in turn, so that a busy machine slows both; medians are compared. Memory is the growth of a fresh
-process's peak over its size before the call. Left out: what the rest of the model costs.
-The laboratory's targets are those of `bandit.py`.
+    python benchmarks/run.py [NAME...] [--turns N] [--pairs N] [--model FOLDER]
 
-    python benchmarks/run.py
+Every ratio is of two things measured in this run, in turn. What each line is, and what each side is
+given: README.md beside this file. Lines of a benchmark that was left out are not printed; why is
+said on stderr, as is everything for the reader.
 """
 
-import json
-import os
-import platform
-import resource
+import argparse
 import subprocess
 import sys
-import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
-import torch
-from torch import Tensor
+import bandit
+import dpo
+import fresh
+import token_log_probs
+from results import Failed, Plan, Row, Skipped, hardware
 
-from preftune.numerics import token_log_probs
-
-NUM_ROWS, NUM_FEATURES, NUM_TOKENS = 2048, 576, 49152  # 16 responses of 128 tokens
-NUM_REPEATS = 5
-
-LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def full(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The reference: every logit at once."""
-    logp = torch.log_softmax(hidden @ weight.T, -1)
-    return logp.gather(-1, target[:, None]).squeeze(-1)
-
-
-PATHS: dict[str, LogProbs] = {"full": full, "chunked": token_log_probs}
-
-
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, head and targets; the same at each call."""
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(NUM_ROWS, NUM_FEATURES, generator=draw)
-    weight = torch.randn(NUM_TOKENS, NUM_FEATURES, generator=draw) * NUM_FEATURES**-0.5
-    target = torch.randint(NUM_TOKENS, (NUM_ROWS,), generator=draw)
-    return hidden.requires_grad_(), weight.requires_grad_(), target
+BENCHMARKS: dict[tuple[str, ...], Callable[[Plan], list[Row]]] = {
+    ("token_log_probs_time", "token_log_probs_memory"): token_log_probs.rows,
+    ("dpo_step",): dpo.step,
+    ("dpo_step_default",): dpo.step_default,
+    ("dpo_step_long_prompt",): dpo.step_long_prompt,
+    ("dpo_rows",): dpo.real_rows,
+    ("dpo_memory",): dpo.memory,
+    ("dpo_ceiling",): dpo.ceiling,
+    ("sampling",): fresh.sampling,
+    ("sampling_vllm",): fresh.sampling_vllm,
+    ("on_policy_step",): fresh.on_policy_step,
+    ("hypo_step", "hypo_memory"): fresh.hypo,
+    # last: they settle the threads and the allocator of this process
+    ("bandit_step", "bandit_tabular", "bandit_mlp", "bandit_tokens", "bandit_ceiling"):
+        bandit.rows_of,
+}  # fmt: skip
+"""By the names of their lines."""
+GPU = "gpu_*"
 
 
-def one(path: LogProbs, hidden: Tensor, weight: Tensor, target: Tensor) -> float:
-    """Seconds of one forward and backward."""
-    hidden.grad = weight.grad = None
-    start = time.perf_counter()
-    path(hidden, weight, target).sum().backward()
-    return time.perf_counter() - start
+def given(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    names = [name for group in BENCHMARKS for name in group]
+    parser = argparse.ArgumentParser(description="Speed and memory against targets.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names)}, {GPU}")
+    parser.add_argument("--turns", type=int, default=Plan.turns, help="steps of each side")
+    parser.add_argument("--pairs", type=int, default=Plan.pairs, help="real pairs of dpo_rows")
+    parser.add_argument("--model", default=Plan.model, help="another one, to try things out")
+    found = parser.parse_args(arguments)
+    unknown = [n for n in found.names if n not in names and not n.startswith("gpu")]
+    if unknown:
+        parser.error(f"there is no {unknown[0]}; there are {', '.join(names)}, {GPU}")
+    return found
 
 
-def seconds() -> dict[str, float]:
-    """Median seconds of each path, run in turn after one warm-up of each."""
-    tensors = inputs()
-    for path in PATHS.values():
-        one(path, *tensors)
-    times: dict[str, list[float]] = {name: [] for name in PATHS}
-    for _ in range(NUM_REPEATS):
-        for name, path in PATHS.items():
-            times[name].append(one(path, *tensors))
-    return {name: median(values) for name, values in times.items()}
+def gpu(lines: list[str]) -> None:
+    """Add the lines of the benchmarks that need a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Skipped("there is no CUDA device")
+    script = Path(__file__).parent / "gpu.py"
+    out = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    print(out.stdout, file=sys.stderr)  # its tables
+    lines += [line for line in out.stdout.splitlines() if line.startswith("{")]
+    if out.returncode:
+        raise Failed(f"{script.name} ended with {out.returncode}")
 
 
-def peak() -> int:
-    """The most memory that this process has held, in the unit of the system."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def main() -> int:
+    """Measure, then print one line a target; 1 if a benchmark failed."""
+    asked = given()
+    plan = Plan(
+        turns=asked.turns, dropped=min(Plan.dropped, asked.turns - 1), pairs=asked.pairs,
+        model=asked.model,
+    )  # fmt: skip
+    lines: list[str] = []
+    failed = False
 
+    def attempt(name: str, work: Callable[[], None]) -> None:
+        nonlocal failed
+        try:
+            work()
+        except Skipped as reason:
+            print(f"{name}: skipped: {reason}", file=sys.stderr, flush=True)
+        except Failed as reason:
+            failed = True
+            print(f"{name}: FAILED: {reason}", file=sys.stderr, flush=True)
+        except Exception:  # the others are still worth their time
+            failed = True
+            traceback.print_exc()
+            print(f"{name}: FAILED", file=sys.stderr, flush=True)
 
-def growth(name: str) -> int:
-    """Growth of the peak by one call of the path, measured in a process of its own."""
-    command = [sys.executable, __file__, "--growth", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def hardware() -> str:
-    """The processor, the threads used and the torch that ran."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}"
-    return f"{name}, {threads}, torch {torch.__version__}"
-
-
-def main() -> None:
-    """Measure, then print one line a target."""
-    if sys.argv[1:2] == ["--growth"]:
-        tensors, path = inputs(), PATHS[sys.argv[2]]
-        before = peak()
-        one(path, *tensors)
-        print(peak() - before)
-        return
-    # Memory first: a child's peak starts from what this process holds when it is started.
-    held = {name: growth(name) for name in PATHS}
-    taken = seconds()
-    print(f"seconds {taken}", f"growth of the peak {held}", sep="\n", file=sys.stderr)
-    ratios = {
-        # Memory is what chunks buy. They compute the logits twice: four products instead of three.
-        "token_log_probs_time": (taken["full"] / taken["chunked"], 0.75),
-        "token_log_probs_memory": (held["full"] / held["chunked"], 2.0),
-    }
-    from bandit import targets  # its own targets, on one thread, after these
-
-    used = hardware()
-    rows = [(name, *found, used) for name, found in ratios.items()]
-    rows += [(name, *found, hardware()) for name, found in targets().items()]
-    for name, ratio, target, on in rows:
-        row = {"name": name, "ratio": round(ratio, 3), "target": target, "hardware": on}
-        print(json.dumps(row))
+    for names, work in BENCHMARKS.items():
+        if asked.names and not set(names) & set(asked.names):
+            continue
+        attempt(
+            ", ".join(names),
+            lambda work=work: lines.extend(row.line(hardware()) for row in work(plan)),
+        )
+    if not asked.names or any(name.startswith("gpu") for name in asked.names):
+        attempt(GPU, lambda: gpu(lines))
+    for line in lines:
+        print(line)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

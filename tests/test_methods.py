@@ -112,8 +112,14 @@ def test_an_unknown_row_offers_the_nearest():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"passes": 2}, {"prompts_per_round": 64}, {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5},
-     {"min_new_tokens": 2}],
+    [
+        {"passes": 2},
+        {"prompts_per_round": 64},
+        {"temperature": 0.7},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_new_tokens": 2},
+    ],
 )
 def test_a_kl_term_needs_fresh_samples_of_the_policy_itself(settings):
     with pytest.raises(UserError, match="reverse_kl needs"):

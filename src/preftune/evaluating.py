@@ -85,8 +85,8 @@ def evaluate(
     mine = job.answers(job.policy, "samples", away_from=job.reference)
     if not mine.own:
         job.notes.append(
-            "decoding is not temperature 1, top-p 1, top-k 0 without a least length: no KL, entropy "
-            "and best-of-n, which would be those of another distribution"
+            "decoding is not temperature 1, top-p 1, top-k 0 without a least length: no KL, "
+            "entropy and best-of-n, which would be those of another distribution"
         )
     against = None
     if job.reference is not None:

@@ -65,10 +65,11 @@ class _TokenLogProbs(torch.autograd.Function):
             start += len(h)
             # d logp / d logits = onehot(target) - softmax, scaled by the incoming gradient
             h = h.to(ctx.product)
-            d_logits = _wide_product(h, narrow.T, weight.dtype)
+            logits = _wide_product(h, narrow.T, weight.dtype)
             if bias is not None:
-                d_logits += bias
-            d_logits.sub_(normaliser[rows, None]).exp_().mul_(-grads[0][rows, None])
+                logits = logits + bias
+            d_logits = logits - normaliser[rows, None]  # in the wide type
+            d_logits.exp_().mul_(-grads[0][rows, None])
             d_logits.scatter_add_(-1, t[:, None], grads[0][rows, None])
             d_narrow = d_logits.to(ctx.product)
             if d_hidden is not None:
@@ -92,10 +93,10 @@ def _exact_logits(
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in a type at least as wide as theirs; on a GPU added up and not rounded in between."""
-    if a.device.type == "cuda" and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    """a @ b of narrow numbers, added up in a wide type; on a CPU rounded once at the end."""
+    return (
+        torch.mm(a, b, out_dtype=dtype) if a.device.type == "cuda" and a.dtype != dtype else a @ b
+    )
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -122,7 +123,8 @@ def _rows_at_once(weight: Tensor) -> int:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    size = _rows_at_once(weight)
+    most = _rows_at_once(weight)
+    size = -(-len(hidden) // max(1, -(-len(hidden) // most)))  # even ones: a short one is slow
     return list(zip(hidden.split(size), target.split(size), strict=True))
 
 

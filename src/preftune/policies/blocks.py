@@ -48,19 +48,20 @@ def recompute_blocks(model: Any) -> None:
 
 @contextmanager
 def counting_kept() -> Iterator[list[int]]:
-    """Bytes that forward passes inside keep for their backward pass, each storage once."""
-    seen: set[int] = set()
+    """Bytes that forward passes inside keep for their backward pass, each storage once. There is
+    no backward pass through them."""
+    held: dict[int, Any] = {}  # alive until the end, so that no two have one address
     total = [0]
 
-    def count(x: Tensor) -> Tensor:
+    def count(x: Tensor) -> None:  # kept by its own node, a tensor would never be freed
         storage = x.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if storage.data_ptr() not in held:
+            held[storage.data_ptr()] = storage
             total[0] += storage.nbytes()
-        return x
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         yield total
+    held.clear()
 
 
 def free_memory(device: torch.device) -> int:

@@ -145,7 +145,7 @@ def _entering(decoder: Decoder, waiting: int, rows: int, k: int) -> int:
         return 0
     if rows == 0:
         return decoder.room(min(waiting, max(1, MAX_ROWS // k)))
-    number = decoder.room(min(waiting, (MAX_ROWS - rows) // k))
+    number = decoder.room(min(waiting, max(0, MAX_ROWS - rows) // k))
     few = number < waiting and number * k < _ENTER_SHARE * MAX_ROWS
     return 0 if few else number
 
