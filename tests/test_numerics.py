@@ -54,7 +54,7 @@ def whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -
 def test_token_log_probs_is_log_softmax_and_gather(
     monkeypatch: pytest.MonkeyPatch, elements: int, dtype: torch.dtype, near: float, with_bias: bool
 ) -> None:
-    monkeypatch.setattr(numerics, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(numerics.CHUNK_ELEMENTS, "cpu", elements)
     hidden, weight, bias, target = head(dtype)
     inputs = [hidden, weight, *([bias] if with_bias else [])]
     grads = []
@@ -74,7 +74,7 @@ def test_token_log_probs_is_log_softmax_and_gather(
 
 @pytest.mark.parametrize("elements", [2 * VOCAB, 2**25])
 def test_token_log_probs_gradcheck(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(numerics, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(numerics.CHUNK_ELEMENTS, "cpu", elements)
     *inputs, target = head(torch.float64)
     leaves = [x.requires_grad_(True) for x in inputs]
     assert torch.autograd.gradcheck(lambda h, w, b: token_log_probs(h, w, target, b), leaves)
@@ -99,7 +99,7 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_the_table_of_logits_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, target = head(torch.float64)
-    monkeypatch.setattr(numerics, "CHUNK_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setitem(numerics.CHUNK_ELEMENTS, "cpu", 3 * VOCAB)
     sizes = []
     original = numerics._logits
 
@@ -136,7 +136,7 @@ def test_half_precision_inputs_are_widened() -> None:
 
 @pytest.mark.parametrize("elements", [VOCAB, 2**25])
 def test_token_kl(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(numerics, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(numerics.CHUNK_ELEMENTS, "cpu", elements)
     hidden, weight, bias, _ = head(torch.float64)
     ref_hidden, ref_weight, ref_bias, _ = head(torch.float64, seed=1)
     p = torch.distributions.Categorical(logits=hidden @ weight.T + bias)
@@ -153,7 +153,7 @@ def test_token_kl(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
 @pytest.mark.parametrize("elements", [VOCAB, 2**25])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_token_collision(monkeypatch: pytest.MonkeyPatch, elements: int, with_bias: bool) -> None:
-    monkeypatch.setattr(numerics, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(numerics.CHUNK_ELEMENTS, "cpu", elements)
     hidden, weight, bias, _ = head(torch.float64)
     hidden.requires_grad_(True)
     given = bias if with_bias else None

@@ -40,8 +40,11 @@ class _TokenLogProbs(torch.autograd.Function):
         product: torch.dtype | None,
     ) -> Tensor:
         logp, normaliser = [], []
+        # a GPU multiplies wide numbers slowly: it takes narrow factors, and adds up in float32
+        narrow = product is not None and hidden.device.type == "cuda"
+        factor = weight.to(product) if narrow else weight
         for h, t in _chunks(hidden, weight, target):
-            logits = _exact_logits(h, weight, bias, product)
+            logits = _logits(h.to(factor.dtype), factor, bias)
             picked = logits.gather(-1, t[:, None]).squeeze(-1)
             z = _logsumexp_(logits)
             logp.append(picked - z)
@@ -65,10 +68,7 @@ class _TokenLogProbs(torch.autograd.Function):
             start += len(h)
             # d logp / d logits = onehot(target) - softmax, scaled by the incoming gradient
             h = h.to(ctx.product)
-            logits = _wide_product(h, narrow.T, weight.dtype)
-            if bias is not None:
-                logits = logits + bias
-            d_logits = logits - normaliser[rows, None]  # in the wide type
+            d_logits = _logits(h, narrow, bias) - normaliser[rows, None]
             d_logits.exp_().mul_(-grads[0][rows, None])
             d_logits.scatter_add_(-1, t[:, None], grads[0][rows, None])
             d_narrow = d_logits.to(ctx.product)
@@ -81,30 +81,12 @@ class _TokenLogProbs(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
-def _exact_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype | None
-) -> Tensor:
-    """Logits that no narrow type has rounded. A GPU, which multiplies wide numbers slowly, takes
-    the factors in `product` and adds up in the wide type."""
-    if product is None or hidden.device.type != "cuda":
-        return _logits(hidden, weight, bias)
-    logits = _wide_product(hidden.to(product), weight.to(product).T, weight.dtype)
-    return logits if bias is None else logits.add_(bias)
-
-
-def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b of narrow numbers, added up in a wide type; on a CPU rounded once at the end."""
-    return (
-        torch.mm(a, b, out_dtype=dtype) if a.device.type == "cuda" and a.dtype != dtype else a @ b
-    )
-
-
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b; the sum is kept in the total's own type."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total += _wide_product(a, b, total.dtype)
+        total += torch.mm(a, b, out_dtype=total.dtype) if a.device.type == "cuda" else a @ b
 
 
 def _logsumexp_(logits: Float[Tensor, "M V"]) -> Float[Tensor, " M"]:
@@ -114,7 +96,12 @@ def _logsumexp_(logits: Float[Tensor, "M V"]) -> Float[Tensor, " M"]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    """Logits [M, V]. Of narrow factors a GPU adds up in float32; a CPU rounds once, at the end."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    on_gpu = hidden.device.type == "cuda"
+    logits = torch.mm(hidden, weight.T, out_dtype=torch.float32) if on_gpu else hidden @ weight.T
+    return logits if bias is None else logits + bias
 
 
 def _rows_at_once(weight: Tensor) -> int:
