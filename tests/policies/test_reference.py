@@ -250,3 +250,36 @@ def test_values_with_an_adapter_under_autocast() -> None:
     (out["logp"].sum() + out["value"].sum()).backward()
     for name, parameter in policy.named_parameters():
         assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
+
+
+# --- weights kept as autocast computes in them ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3"])
+def test_a_narrow_reference_is_the_wide_one_bit_for_bit(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half the memory of its matrices; it scores and samples as before, and never slower."""
+    decoding = Decoding(max_new_tokens=6)
+    policy = tiny.policy(name, torch.float32, autocast=torch.bfloat16, decoding=decoding)
+    wide, narrow = policy.frozen_copy(), policy.frozen_copy()
+    narrow.trunk.narrow()
+    assert narrow.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert narrow.model.get_output_embeddings().weight.dtype == torch.float32
+    s = tiny.ragged()
+    with torch.no_grad():
+        assert torch.equal(tiny.score(narrow, s), tiny.score(wide, s))
+        assert torch.equal(tiny.score(narrow, s), tiny.score(policy, s)), "at step 0 ratios are 1"
+
+    def draw(of: Transformer) -> Tensor:
+        stream = lambda t, shape: uniform(7, t, torch.arange(shape[0])[:, None], torch.arange(3))  # noqa: E731
+        return of.sample(s.prompt, s.prompt_mask, 3, stream, -1).tokens
+
+    assert torch.equal(draw(narrow), draw(wide))
+    assert "slower" not in caplog.text
+
+
+def test_without_autocast_nothing_is_narrowed() -> None:
+    reference = tiny.policy("llama", torch.float32).frozen_copy()
+    reference.trunk.narrow()
+    assert {p.dtype for p in reference.model.parameters()} == {torch.float32}
