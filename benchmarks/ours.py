@@ -16,19 +16,11 @@ from typing import Any
 from flops import Shape, products, rates
 from workers import Answer, Channel, digest
 
-_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-
 
 def environment() -> dict[str, str]:
     """What the `preftune` command settles before it starts."""
-    try:
-        from preftune.startup import settings
-    except ImportError:
-        return dict(_ALLOCATOR)
+    from preftune.startup import settings
+
     return settings()
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from preftune import numerics
 from preftune.numerics import (
-    batches,
     masked_sum,
     permutation,
     sample_index,
@@ -255,20 +254,3 @@ def test_every_index_is_reached_as_often_as_it_should() -> None:
     counts = torch.bincount(sample_index(p.expand(20000, -1), u), minlength=10)
     assert (counts > 0).all()
     assert chi_square(counts, p / p.sum()) < CHI2_999[9]
-
-
-@pytest.mark.parametrize("budget", [None, 1, 7, 10, 100])
-def test_batches_keep_order_and_budget(budget: int | None) -> None:
-    sizes = [3, 1, 9, 2, 2, 5, 5, 1]
-    parts = batches(sizes, budget)
-    assert [i for part in parts for i in part] == list(range(len(sizes)))
-    for part in parts:
-        padded = len(part) * max(sizes[i] for i in part)
-        assert budget is None or padded <= budget or len(part) == 1
-    if budget is None:
-        assert len(parts) == 1
-    # greedy: no part could have taken the next position too
-    for part, following in zip(parts, parts[1:], strict=False):
-        joined = [*part, following[0]]
-        assert len(joined) * max(sizes[i] for i in joined) > (budget or 0)
-    assert batches([], budget) == []

@@ -297,6 +297,11 @@ def register_attention(name: str, function: Any) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
+def unknown_to_ours(options: dict[str, Any]) -> list[str]:
+    """Options of an attention call that alter its scores, which attention of our own leaves out."""
+    return [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
+
+
 def sdpa_attention(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
     """transformers' own attention by torch's fused function."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -185,8 +186,7 @@ class Measures:
         if not group.round.trained_logp:
             whole = logp.shape[-2] == group.round.samples.tokens.shape[-2]
             if not self._stale and whole and samples.ref_logp is not None:
-                gone = masked_sum(logp - samples.ref_logp.to(logp), samples.mask)
-                self.add("kl", gone, fresh)
+                self.add("kl", log_ratio(replace(samples, logp=logp)), fresh)
             return
         self._keep_all("moved", moved.sum(-1), fresh)
         self._keep_all("token_moved", moved, samples.mask & fresh.unsqueeze(-1))

@@ -240,20 +240,3 @@ def sample_index(probability: Float[Tensor, "*E V"], u: Float[Tensor, "*E"]) -> 
     cdf = probability.to(torch.float64).cumsum(-1)
     found = torch.searchsorted(cdf, (u.to(cdf) * cdf[..., -1]).unsqueeze(-1), right=True)
     return found.squeeze(-1).clamp_(max=probability.shape[-1] - 1)
-
-
-def batches(sizes: Sequence[int], budget: int | None) -> list[list[int]]:
-    """Split positions into runs whose padded size (count x longest) stays within the budget.
-
-    Order is kept. One position alone may exceed the budget.
-    """
-    out: list[list[int]] = []
-    longest = 0
-    for i, size in enumerate(sizes):
-        longest = max(longest, size)
-        if out and (budget is None or (len(out[-1]) + 1) * longest <= budget):
-            out[-1].append(i)
-        else:
-            out.append([i])
-            longest = size
-    return out

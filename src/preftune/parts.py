@@ -51,6 +51,8 @@ class Parts:
     reward: rewards.Reward | None
     gold: rewards.Reward | None
     micro_batch_tokens: int | None = None
+    blocks: dict[str, bool] | None = None
+    """See `blocks_are`, which settles it."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before the run."""
 
@@ -323,7 +325,14 @@ def keeps_reference(parts: Parts) -> bool:
 
 
 def blocks_are(parts: Parts, settings: loop.Settings) -> dict[str, bool]:
-    """Whether the model's blocks are compiled, and whether their activations are recomputed."""
+    """Whether the model's blocks are compiled, and whether their activations are recomputed:
+    settled once, since it takes forward passes and looks at the free memory."""
+    if parts.blocks is None:
+        parts.blocks = _settle_blocks(parts, settings)
+    return parts.blocks
+
+
+def _settle_blocks(parts: Parts, settings: loop.Settings) -> dict[str, bool]:
     rows, trunk = parts.data or parts.prompts, parts.model.trunk
     if rows is None:
         return {"compile": False, "activation_checkpointing": False}

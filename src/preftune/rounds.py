@@ -21,7 +21,7 @@ from preftune.policies.base import Policy, Trainable
 from preftune.policies.scoring import LOGP, outputs_all, score_all
 from preftune.samples import Batch, Samples
 from preftune.sources import Offline
-from preftune.terms import Term
+from preftune.terms import Term, narrows
 
 RewardFunction = Callable[[Samples], Tensor | tuple[Tensor, dict[str, Tensor]]]
 """Rewards [*R, N, K] of a round's responses; where they are a sum, also its parts by name."""
@@ -203,9 +203,8 @@ def _with_outputs(fresh: Round, world: World, names: frozenset[str]) -> Round:
 def _shown_by_its_update(group: Group, fresh: Round, labelled: list[Batch]) -> bool:
     """Whether the one update of a round computes the log-probs of all of its samples, by the policy
     that drew them: then they need no pass of their own."""
-    num_responses = fresh.samples.tokens.shape[-2]
-    pointed = sum(b.index.shape[-2:].numel() for b in labelled)
-    return len(fresh.minibatches) == 1 and pointed >= num_responses and not group.idle
+    once = len(fresh.minibatches) == 1 and not group.idle
+    return once and not narrows(fresh.samples, labelled)
 
 
 def _steer(group: Group, samples: Samples) -> None:

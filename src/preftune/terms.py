@@ -209,15 +209,19 @@ def count(term: Term, samples: Samples, batch: Batch) -> Tensor:
     return items.sum((-2, -1))
 
 
+def narrows(samples: Samples, batches: list[Batch]) -> bool:
+    """Whether items point at fewer responses than there are."""
+    return sum(b.index.shape[-2:].numel() for b in batches) < samples.tokens.shape[-2]
+
+
 def narrow(samples: Samples, batches: list[Batch]) -> tuple[Samples, list[Batch]]:
     """Only the responses that some item points at (of best-of-N, one), so no other is computed.
 
     The number kept follows from shapes alone, so it is the same in every run of a study.
     """
-    flat = [b.index.flatten(-2) for b in batches]
-    total = sum(f.shape[-1] for f in flat)
-    if total >= samples.tokens.shape[-2]:
+    if not narrows(samples, batches):
         return samples, batches
+    flat = [b.index.flatten(-2) for b in batches]
     samples = samples.at(torch.cat(flat, -1))
     out, start = [], 0
     for batch, f in zip(batches, flat, strict=True):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preftune.huggingface import register_attention, sdpa_attention
+from preftune.huggingface import register_attention, sdpa_attention, unknown_to_ours
 
 NAME = "preftune"
 """Of the attention in a model's configuration; without tiles it is transformers' own `sdpa`."""
@@ -172,7 +172,7 @@ def attention(
         tiles = attention_mask[0, 0]
     elif isinstance(attention_mask, Tensor | None):
         return sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **options)
-    unknown = [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
+    unknown = unknown_to_ours(options)
     if unknown or options.get("dropout", 0.0):
         raise ValueError(f"packed rows know no {', '.join(unknown) or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -271,6 +271,7 @@ class Transformer:
             decoding=self.decoding,
             autocast=self.autocast,
             share_prefix=None if self.share_prefix else False,
+            packing=None if self.packing else False,
             controls=self.controls,
             decode=self.decode,
         )

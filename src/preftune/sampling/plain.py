@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from preftune.huggingface import accepted
+from preftune.samples import pad_stack
 
 
 class PlainDecoder:
@@ -30,12 +31,7 @@ class PlainDecoder:
 
     def enter(self, prompts: list[Tensor], num_responses: int) -> Tensor:
         """Read prompts; logits [n, V] behind each, of which `num_responses` rows go on."""
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        seen = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for i, prompt in enumerate(prompts):  # padded on the left
-            ids[i, width - len(prompt) :] = prompt
-            seen[i, width - len(prompt) :] = True
+        ids, seen = pad_stack(prompts, left=True)
         position = (seen.cumsum(-1) - 1).clamp(min=0)
         out = self._forward(None, input_ids=ids, attention_mask=seen, position_ids=position)
         self.cache = out.past_key_values

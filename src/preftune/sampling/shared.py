@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune.huggingface import accepted, register_attention
+from preftune.huggingface import accepted, register_attention, unknown_to_ours
 from preftune.sampling.cache import Grid, Prefill, SharedCache, Step
 
 log = logging.getLogger("preftune")
@@ -41,7 +41,7 @@ def attention(
     scaling: float | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers calls attention, in a pass of a `SharedDecoder`."""
-    unknown = [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
+    unknown = unknown_to_ours(options)
     if unknown:
         raise NotImplementedError(f"shared decoding knows no {', '.join(unknown)}")
     cache = _active[-1]
