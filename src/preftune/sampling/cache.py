@@ -72,6 +72,7 @@ class SharedCache:
         self.now: Prefill | Step | None = None
         self._layers: dict[int, _Layer] = {}
         self._layer = -1
+        self._rows: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are given with each pass; nothing is to be counted on from here."""
@@ -129,23 +130,31 @@ class SharedCache:
         heads = len(layer.prompt_keys) // g
         rows = query * scaling
         if step.slot is not None:
-            rows = rows.new_zeros(g * k, *rows.shape[1:]).index_copy_(0, step.slot, rows)
+            rows = self._scattered(rows, step.slot)
         size, width = rows.shape[1] // heads, rows.shape[-1]
         # [G, K, H, q, D] -> [G H, K q, D]: what shares keys stands together
         rows = rows.view(g, k, heads, size, width).transpose(1, 2)
         rows = rows.reshape(g * heads, k * size, width)
         ahead = torch.bmm(rows, layer.prompt_keys.transpose(1, 2))
         own = torch.bmm(rows.reshape(-1, size, width), layer.keys.transpose(1, 2))
-        scores = torch.cat([ahead, own.view(*ahead.shape[:2], -1)], -1)
-        scores.view(g, heads, k, size, -1).add_(step.bias)
-        probs = scores.softmax(-1)
-        p = self.grid.prompt
+        p, shape = self.grid.prompt, own.shape
+        scores = ahead.new_empty(g, heads, k, size, step.bias.shape[-1])
+        torch.add(ahead.view(*scores.shape[:4], p), step.bias[..., :p], out=scores[..., :p])
+        torch.add(own.view(*scores.shape[:4], -1), step.bias[..., p:], out=scores[..., p:])
+        probs = scores.view(g * heads, k * size, -1).softmax(-1)
         out = torch.bmm(probs[..., :p], layer.prompt_values)
-        shape = own.shape
         own = torch.bmm(probs[..., p:].reshape(shape), layer.values)
         out = out.add_(own.view(out.shape)).view(g, heads, k, size, -1).transpose(1, 2)
         out = out.reshape(g * k, heads * size, -1)
         return out if step.slot is None else out[step.slot]
+
+    def _scattered(self, rows: Tensor, slot: Tensor) -> Tensor:
+        """Rows [R, ...] at their slots [GK, ...]; what stands at the others is of no consequence,
+        but finite."""
+        shape = self.grid.groups * self.grid.slots, *rows.shape[1:]
+        if self._rows is None or self._rows.shape != shape:
+            self._rows = rows.new_zeros(shape)
+        return self._rows.index_copy_(0, slot, rows)
 
     def _written(self, heads: int) -> Int[Tensor, " RH"]:
         """Where each row's new keys go in the flattened buffer."""

@@ -2,7 +2,7 @@
 
 The inversion goes by blocks of the vocabulary: the block first, then the token inside it. With a
 vocabulary of 49152 and many rows, the passes over the logits are a good part of a decoding step;
-so rows are taken a few at a time, which stay in the processor's cache.
+so the softmax takes rows a few at a time, which stay in the processor's cache.
 """
 
 from typing import NamedTuple
@@ -48,22 +48,24 @@ def choose(
         logits = logits.cpu()
     wide = torch.promote_types(logits.dtype, torch.float32)
     u, ends, early = (x.to(logits.device) for x in (u, ends, early))
-    plain = decoding.unmodified
-    size = max(1, _CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    parts: list[Chosen] = []
-    for start in range(0, len(logits), size):
+    count, vocabulary = logits.shape
+    mass = logits.new_empty(count, -(-vocabulary // _BLOCK) * _BLOCK, dtype=wide)
+    mass[:, vocabulary:] = 0
+    whole = logits.new_empty(count, dtype=wide)
+    size = max(1, _CHUNK // vocabulary) if logits.device.type == "cpu" else count
+    for start in range(0, count, size):
         rows = slice(start, start + size)
         own = logits[rows].to(wide)
-        if plain:
-            token, logp = _invert(own, u[rows])
-            parts.append(Chosen(token, logp, logp))
-            continue
-        allowed = own.clone()
-        allowed[:, ends] = allowed[:, ends].masked_fill(early[rows, None], -torch.inf)
-        token, sampled = _invert(restricted(allowed, decoding), u[rows])
-        logp = own.gather(-1, token[:, None]).squeeze(-1) - own.logsumexp(-1)
-        parts.append(Chosen(token, logp, sampled))
-    return Chosen(*(torch.cat(x) for x in zip(*parts, strict=True)))
+        if not decoding.unmodified:
+            whole[rows] = own.logsumexp(-1)
+            own = own.clone()
+            own[:, ends] = own[:, ends].masked_fill(early[rows, None], -torch.inf)
+            own = restricted(own, decoding)
+        torch.softmax(own, -1, out=mass[rows, :vocabulary])
+    token, sampled = _invert(mass, u)
+    if decoding.unmodified:
+        return Chosen(token, sampled, sampled)
+    return Chosen(token, logits.gather(-1, token[:, None]).squeeze(-1).to(wide) - whole, sampled)
 
 
 def restricted(logits: Float[Tensor, "B V"], decoding: Decoding) -> Float[Tensor, "B V"]:
@@ -94,21 +96,17 @@ def _nucleus(logits: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]
 
 
 def _invert(
-    logits: Float[Tensor, "B V"], u: Float[Tensor, " B"]
+    probs: Float[Tensor, "B W"], u: Float[Tensor, " B"]
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """The first token whose cumulative probability passes u, and its log-prob."""
-    count, vocabulary = logits.shape
-    blocks = -(-vocabulary // _BLOCK)
-    mass = logits.new_empty(count, blocks * _BLOCK)
-    mass[:, vocabulary:] = 0
-    torch.sub(logits, logits.amax(-1, keepdim=True), out=mass[:, :vocabulary])
-    mass[:, :vocabulary].exp_()
-    mass = mass.view(count, blocks, _BLOCK)
-    block, inside = _search(mass.sum(-1), u)
-    one = mass[torch.arange(count, device=mass.device), block]  # [B, _BLOCK]
+    count = len(probs)
+    probs = probs.view(count, -1, _BLOCK)
+    masses = probs.sum(-1)
+    block, inside = _search(masses, u)
+    one = probs[torch.arange(count, device=probs.device), block]  # [B, _BLOCK]
     place, _ = _search(one, inside)
-    total = mass.sum((-1, -2))
-    logp = one.gather(-1, place[:, None]).squeeze(-1).log() - total.log()
+    # the whole is 1, or not a number
+    logp = one.gather(-1, place[:, None]).squeeze(-1).log() - masses.sum(-1).log()
     return block * _BLOCK + place, logp
 
 

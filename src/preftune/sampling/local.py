@@ -254,6 +254,7 @@ def can_share(model: Any) -> bool:
     return _verdicts[model]
 
 
+@torch.no_grad()
 def _differs(model: Any) -> str:
     """How the logits differ from those with transformers' own cache; empty where they do not."""
     vocabulary = model.config.get_text_config().vocab_size
