@@ -129,6 +129,7 @@ def gradient(
     for group in sorted(groups, key=lambda g: not g.leads):  # it brings the reference along
         if group.round is None or group.round.spent:
             refill(group, world, version, given)
+    work = []
     for group in groups:
         samples, labelled = next_minibatch(group)
         measures.minibatch(group, samples, labelled, version)
@@ -143,10 +144,13 @@ def gradient(
             part, items = samples, labelled
             if len(parts) > 1:
                 part, items = samples.take(index), [b.take(index) for b in labelled]
-            part, items = trimmed(part, items)
-            tokens = 0 if world.policy.batch_shape else sum(sizes(part))
-            with phase("train", tokens):
-                total = total + _micro_batch(group, world, part, items, counts, measures)
+            work.append((group, *trimmed(part, items), counts))
+    if not shape:
+        # most memory is taken by the largest: it goes first, while there are no gradients yet
+        work.sort(key=lambda w: -sum(sizes(w[1])))
+    for group, part, items, counts in work:
+        with phase("train", 0 if shape else sum(sizes(part))):
+            total = total + _micro_batch(group, world, part, items, counts, measures)
     return Found(total if bool(found.any()) else None, found, measures)
 
 
