@@ -6,8 +6,9 @@ compared where both have made the same updates.
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -30,6 +31,9 @@ by this share of what the loss has fallen, so that a side which does not train i
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 SAME = {"learning_rate": RATE, "lr_schedule": "constant", "warmup_ratio": 0.0}
 TRL_SAME = {"learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0}
+TUNED: dict[str, Any] = {**TRL_SAME, "per_device_train_batch_size": BATCH}
+PEAK_AFTER = 3
+"""Steps, of which the peak of memory is taken."""
 SETTLED = (
     "dtype", "micro_batch_tokens", "share_prefix", "packing", "compile",
     "activation_checkpointing", "reference_cache", "threads",
@@ -120,12 +124,11 @@ def against_trl(
     environment: Mapping[str, str] | None = None,
 ) -> float:  # fmt: skip
     """The ratio of step times, on one batch over and over, by both sides in turn."""
-    mine, theirs = (SAME, TRL_SAME) if tuned else ({}, {})
-    more = {"per_device_train_batch_size": BATCH} if tuned else {}
+    mine, theirs = (SAME, TUNED) if tuned else ({}, {})
     with (
         our_side(rows, plan, mine) as own,
         trl_side(
-            rows, plan, plan.turns + 1, tuned=tuned, environment=environment, **theirs, **more
+            rows, plan, plan.turns + 1, tuned=tuned, environment=environment, **theirs
         ) as other,
     ):
         same_work(own, other)
@@ -135,12 +138,52 @@ def against_trl(
 
 
 def step(plan: Plan) -> list[Row]:
-    """The step; beside it, without a target, against TRL with our allocator settings."""
-    ratio = against_trl("dpo_step", made(plan), plan)
-    against_trl(
-        "dpo_step, TRL with our allocator", made(plan), plan, environment=ours.environment()
+    """The step, its peak of memory, and how near it comes to what the processor can do; beside it,
+    without a target, the step against TRL with our allocator settings."""
+    prompt = response = 96
+    rows = made(plan, prompt, response)
+    tokens = BATCH * (prompt + 2 * response)
+    peaks: list[int] = []
+    measured: list[dict[str, float]] = []
+    with (
+        our_side(rows, plan, SAME, tokens=tokens) as own,
+        trl_side(rows, plan, plan.turns + 1, **TUNED) as other,
+    ):
+        same_work(own, other)
+
+        def after(turn: int) -> None:
+            if turn == min(PEAK_AFTER, plan.turns):
+                peaks.extend(worker.ask("peak")["peak"] for worker in (own, other))
+            if peaks:  # products take memory of their own
+                measured.append(own.ask("rates")["rates"])
+
+        found = take_turns({"ours": own, "trl": other}, plan.turns, after)
+        same_losses("dpo_step", found["ours"], found["trl"], 3)
+        ratio = shown("dpo_step", found["ours"], found["trl"], plan)
+        shape = Shape(**own.ready["shape"])
+    needed = BATCH * useful(shape, prompt, (response, response))
+    say(f"dpo_memory: peak {peaks[0] / 1e6:.0f} MB against {peaks[1] / 1e6:.0f} MB")
+    share = of_ceiling(needed, typical(found["ours"], plan), measured)
+    few = replace(plan, turns=min(plan.turns, plan.dropped + 2))
+    against_trl("dpo_step, TRL with our allocator", rows, few, environment=ours.environment())
+    return [
+        Row("dpo_step", ratio, 1.8),
+        Row("dpo_memory", peaks[1] / peaks[0], 1.7),
+        Row("dpo_ceiling", share, 0.5),
+    ]
+
+
+def of_ceiling(needed: int, seconds: float, measured: Sequence[Mapping[str, float]]) -> float:
+    """Useful operations a second, over the best rate of a matrix product measured in between."""
+    rates = {name: median(m[name] for m in measured) for name in measured[0]}
+    best = max(rates, key=lambda name: rates[name])
+    rate = needed / seconds
+    listed = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in rates.items())
+    say(
+        f"dpo_ceiling: {needed / 1e12:.2f} useful TFLOP a step, {rate / 1e9:.0f} GFLOP/s; "
+        f"bfloat16 products, GFLOP/s: {listed}; the best ({best}) is the ceiling"
     )
-    return [Row("dpo_step", ratio, 1.8)]
+    return rate / rates[best]
 
 
 def step_default(plan: Plan) -> list[Row]:
@@ -170,7 +213,7 @@ def real_rows(plan: Plan) -> list[Row]:
         first, counted = batches[: plan.dropped], batches[epoch:]
         theirs = [rows[i] for batch in first + counted for i in batch]
         steps = len(first) + epoch + 1
-        with trl_side(theirs, plan, steps, **TRL_SAME, per_device_train_batch_size=BATCH) as other:
+        with trl_side(theirs, plan, steps, **TUNED) as other:
             same_work(own, other)
             both = {"ours": own, "trl": other}
             before = take_turns(both, len(first))
@@ -183,39 +226,3 @@ def real_rows(plan: Plan) -> list[Row]:
     sums = [sum(a["seconds"] for a in found[side]) for side in ("ours", "trl")]
     say(f"dpo_rows: {epoch} steps take {sums[0]:.1f} s against {sums[1]:.1f} s")
     return [Row("dpo_rows", sums[1] / sums[0], 2.0)]
-
-
-def memory(plan: Plan) -> list[Row]:
-    """Peaks of two processes, one after the other."""
-    sides: dict[str, Callable[[], Any]] = {
-        "ours": lambda: our_side(made(plan), plan, SAME),
-        "trl": lambda: trl_side(made(plan), plan, 4, **TRL_SAME, per_device_train_batch_size=BATCH),
-    }
-    peaks = {}
-    for name, side in sides.items():
-        with side() as worker:
-            take_turns({name: worker}, 3)
-            peaks[name] = worker.ask("peak")["peak"]
-    say(f"dpo_memory: peak {peaks['ours'] / 1e6:.0f} MB against {peaks['trl'] / 1e6:.0f} MB")
-    return [Row("dpo_memory", peaks["trl"] / peaks["ours"], 1.7)]
-
-
-def ceiling(plan: Plan) -> list[Row]:
-    """Useful operations a second, over the best rate of a matrix product measured in between."""
-    prompt = response = 96
-    rows = made(plan, prompt, response)
-    with our_side(rows, plan, SAME, tokens=BATCH * (prompt + 2 * response)) as own:
-        measured: list[dict[str, float]] = []
-        found = take_turns(
-            {"ours": own}, plan.turns, lambda: measured.append(own.ask("rates")["rates"])
-        )
-    rates = {name: median(m[name] for m in measured) for name in measured[0]}
-    best = max(rates, key=lambda name: rates[name])
-    needed = BATCH * useful(Shape(**own.ready["shape"]), prompt, (response, response))
-    rate = needed / typical(found["ours"], plan)
-    listed = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in rates.items())
-    say(
-        f"dpo_ceiling: {needed / 1e12:.2f} useful TFLOP a step, {rate / 1e9:.0f} GFLOP/s; "
-        f"bfloat16 products, GFLOP/s: {listed}; the best ({best}) is the ceiling"
-    )
-    return [Row("dpo_ceiling", rate / rates[best], 0.5)]

@@ -89,17 +89,17 @@ def on_policy_step(plan: Plan) -> list[Row]:
 def hypo(plan: Plan) -> list[Row]:
     """What fresh samples add to a DPO step; beside it the other rows that draw, without targets."""
     rows = made(plan)
-    plan = replace(plan, turns=plan.turns + plan.turns % 2)
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
-    for names in (("dpo", "hypo"), ("ppo", "on_policy_dpo")):  # four at once would fill the memory
+    few = min(plan.turns, plan.dropped + 2)  # where there is no target
+    # four at once would fill the memory
+    for names, turns in ((("dpo", "hypo"), plan.turns), (("ppo", "on_policy_dpo"), few)):
         with ExitStack() as stack:
             sides = {
                 name: stack.enter_context(our_side(rows, plan, **_row(name))) for name in names
             }
-            for name, answers in take_turns(sides, plan.turns).items():
-                # a round serves two updates, so steps with and without sampling take turns
-                seconds[name] = typical(answers, plan, per=2)
+            for name, answers in take_turns(sides, turns).items():
+                seconds[name] = typical(answers, plan)
                 peaks[name] = sides[name].ask("peak")["peak"]
                 drawn = answers[-1]["drawn"]
                 say(

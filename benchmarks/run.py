@@ -22,12 +22,10 @@ from results import Failed, Plan, Row, Skipped, hardware
 
 BENCHMARKS: dict[tuple[str, ...], Callable[[Plan], list[Row]]] = {
     ("token_log_probs_time", "token_log_probs_memory"): token_log_probs.rows,
-    ("dpo_step",): dpo.step,
+    ("dpo_step", "dpo_memory", "dpo_ceiling"): dpo.step,
     ("dpo_step_default",): dpo.step_default,
     ("dpo_step_long_prompt",): dpo.step_long_prompt,
     ("dpo_rows",): dpo.real_rows,
-    ("dpo_memory",): dpo.memory,
-    ("dpo_ceiling",): dpo.ceiling,
     ("sampling",): fresh.sampling,
     ("sampling_vllm",): fresh.sampling_vllm,
     ("on_policy_step",): fresh.on_policy_step,

@@ -34,6 +34,9 @@ PATIENCE = 900.0
 IDLE_SHARE = 0.1
 """Of a core: a waiting worker that takes more steals time from the other."""
 
+FEWEST, SLOW = 5, 40.0
+"""Turns that are enough where one takes longer than so many seconds."""
+
 Answer = dict[str, Any]
 
 
@@ -175,14 +178,18 @@ class Worker:
 def take_turns(
     sides: Mapping[str, Worker],
     turns: int,
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, list[Answer]]:
-    """The answers of each side to `turns` steps, one side after the other."""
+    """The answers of each side to `turns` steps, one side after the other; to fewer where they are
+    slow. `after` is given how many turns are over."""
     found: dict[str, list[Answer]] = {name: [] for name in sides}
-    for _ in range(turns):
+    began = time.perf_counter()
+    for turn in range(1, turns + 1):
         for name, worker in sides.items():
             found[name].append(worker.ask("step"))
-        after()
+        after(turn)
+        if turn >= FEWEST and time.perf_counter() - began > SLOW * turn:
+            break
     for name, answers in found.items():
         _check_rest(name, answers)
     return found
@@ -199,8 +206,6 @@ def _check_rest(name: str, answers: Sequence[Answer]) -> None:
         )
 
 
-def typical(answers: Sequence[Answer], plan: Plan, key: str = "seconds", per: int = 1) -> float:
-    """The median after the dropped ones; of sums over `per` steps, where those differ by turns."""
-    values = [a[key] for a in answers[min(plan.dropped, len(answers) - per) :]]
-    whole = len(values) - len(values) % per
-    return median(sum(values[i : i + per]) / per for i in range(0, whole, per))
+def typical(answers: Sequence[Answer], plan: Plan, key: str = "seconds") -> float:
+    """The median after the dropped ones."""
+    return median(a[key] for a in answers[min(plan.dropped, len(answers) - 1) :])

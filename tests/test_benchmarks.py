@@ -56,10 +56,22 @@ def test_useful_operations_by_hand():
 def test_typical_drops_the_first_steps():
     answers = [{"seconds": s} for s in (9.0, 8.0, 1.0, 2.0, 3.0)]
     assert workers.typical(answers, Plan()) == 2.0
-    # rounds that serve two updates: steps of 1 and 3 take turns
-    answers = [{"seconds": s} for s in (9.0, 9.0, 1.0, 3.0, 1.0, 3.0)]
-    assert workers.typical(answers, Plan(), per=2) == 2.0
-    assert workers.typical(answers[:2], Plan(), per=2) == 9.0
+    assert workers.typical(answers[:1], Plan()) == 9.0
+
+
+@pytest.mark.parametrize(("slow", "turns"), [(40.0, 7), (-1.0, 5)])
+def test_slow_sides_take_fewer_turns(
+    slow: float, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Side:
+        def ask(self, command: str) -> dict[str, float]:
+            return {"seconds": 0.0, "waited": 0.0, "used_waiting": 0.0}
+
+    monkeypatch.setattr(workers, "SLOW", slow)
+    over: list[int] = []
+    found = workers.take_turns({"a": Side(), "b": Side()}, 7, over.append)  # type: ignore[dict-item]
+    assert [len(x) for x in found.values()] == [turns, turns]
+    assert over == list(range(1, turns + 1))
 
 
 def test_digest_is_of_the_rows_in_any_order():
