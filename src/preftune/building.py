@@ -109,21 +109,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def _faster_in_bfloat16(device: torch.device) -> bool:
-    """Time one product in both types: a CPU without bfloat16 units is several times slower."""
+    """A GPU and an x86 processor say so; of others, one product is timed in both types: where units
+    for bfloat16 are missing, it takes several times longer."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu":
         return False
-    timings = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(256, 512).to(dtype), torch.randn(512, 1024).to(dtype)
-        best = float("inf")
-        for _ in range(5):
+    # a busy machine must not decide: it would change the numbers of a run
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return True
+    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    for _ in range(20):  # in turn, so that a busy moment meets both
+        for dtype in best:
+            a, b = torch.randn(256, 512).to(dtype), torch.randn(512, 1024).to(dtype)
             began = time.perf_counter()
             torch.matmul(a, b)
-            best = min(best, time.perf_counter() - began)
-        timings[dtype] = best
-    return timings[torch.float32] > 1.5 * timings[torch.bfloat16]
+            best[dtype] = min(best[dtype], time.perf_counter() - began)
+    return best[torch.float32] > 1.5 * best[torch.bfloat16]
 
 
 def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
