@@ -162,7 +162,18 @@ class Config(Strict):
         0.05, ge=0, le=1, description="share of unusable rows above which to stop"
     )
     save_every: int | None = Field(
-        None, ge=1, description="steps between checkpoints; default: at the end"
+        None,
+        ge=1,
+        description="steps between checkpoints; default: only when it is interrupted",
+    )
+    best_by: str | None = Field(
+        None,
+        description="keep the model whose evaluation has the highest NAME (-NAME: lowest)",
+    )
+    max_skipped: int = Field(
+        0,
+        ge=0,
+        description="updates left out, at most, where the loss or gradient is not finite",
     )
     eval_every: int | None = Field(
         None, ge=1, description="steps between evaluations; default: at the end"

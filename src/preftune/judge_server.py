@@ -23,6 +23,8 @@ _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 """Statuses that may pass."""
 _LONGEST_WAIT = 30.0
+_LARGEST = 2**22
+"""Bytes of an answer that are read: a letter or a number is asked for."""
 
 
 class Refused(Exception):
@@ -101,7 +103,7 @@ class Server:
             pause = wait
             try:
                 with _opener(self.url).open(request, timeout=self.timeout) as reply:
-                    return _json(reply.read())
+                    return _json(reply.read(_LARGEST))
             except urllib.error.HTTPError as error:
                 with error:
                     reason = f"status {error.code}: {_said(error)}"
@@ -143,7 +145,7 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
 def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
