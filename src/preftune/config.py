@@ -25,6 +25,10 @@ _TRL_NAMES = {
 }  # fmt: skip
 
 
+LARGEST = 2**20
+"""Bytes of a configuration, and values in it."""
+
+
 class Strict(BaseModel):
     """Unknown keys are errors."""
 
@@ -243,8 +247,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"config '{path}': no such file.{nearest(path.name, beside)}")
     try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"config '{path}': is larger than {LARGEST >> 20} MiB. Give settings.")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if _nodes(values) > LARGEST:
+            raise UserError(
+                f"config '{path}': its aliases (*name) stand for too much. Spell it out."
+            )
+    except RecursionError as error:
+        raise UserError(f"config '{path}': is nested too deeply. Give settings.") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, say
         where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"config '{path}'{where}: {problem}. Only plain YAML is read.") from error
@@ -257,6 +269,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
     check_keys(values, f"config '{path}'")
     return values
+
+
+def _nodes(value: Any, known: dict[int, int] | None = None) -> int:
+    """Values below this one, those of aliases each time they stand there."""
+    known = {} if known is None else known
+    if id(value) not in known:
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = LARGEST + 1  # an alias of what it stands in has no end
+        below = (_nodes(x, known) for x in parts) if isinstance(value, dict | list) else ()
+        known[id(value)] = 1 + sum(below)
+    return known[id(value)]
 
 
 def set_path(values: dict[str, Any], path: str, value: Any) -> None:

@@ -67,11 +67,7 @@ class Server:
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
         }
-        found = self._request("/chat/completions", json.dumps(body).encode())
-        try:
-            return str(found["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
-            return ""
+        return content(self._request("/chat/completions", json.dumps(body).encode()))
 
     def name_of_model(self) -> str:
         """The model that is asked; the server's list is read once."""
@@ -103,7 +99,7 @@ class Server:
             pause = wait
             try:
                 with _opener(self.url).open(request, timeout=self.timeout) as reply:
-                    return _json(reply.read(_LARGEST))
+                    return parse(reply.read(_LARGEST))
             except urllib.error.HTTPError as error:
                 with error:
                     reason = f"status {error.code}: {_said(error)}"
@@ -142,7 +138,16 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect, *proxies)
 
 
-def _json(data: bytes) -> Any:
+def content(reply: Any) -> str:
+    """The text of an answer; empty where it has none."""
+    try:
+        return str(reply["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError):
+        return ""
+
+
+def parse(data: bytes) -> Any:
+    """A server's JSON; None where it is none."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
