@@ -34,7 +34,7 @@ PATIENCE = 900.0
 IDLE_SHARE = 0.1
 """Of a core: a waiting worker that takes more steals time from the other."""
 
-FEWEST, SLOW = 5, 40.0
+FEWEST, SLOW = 5, 30.0
 """Turns that are enough where one takes longer than so many seconds."""
 
 Answer = dict[str, Any]
@@ -157,9 +157,10 @@ class Worker:
         finally:
             alarm.cancel()
         if not line:
-            self._process.wait()
+            code = self._process.wait()
             self._log.seek(0)
-            raise Failed(f"{self.name} ended:\n{self._log.read()[-3000:]}")
+            killed = " (killed: it may have taken all the memory)" if code == -9 else ""
+            raise Failed(f"{self.name} ended with {code}{killed}:\n{self._log.read()[-3000:]}")
         return json.loads(line)
 
     def __enter__(self) -> "Worker":
