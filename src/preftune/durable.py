@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+_FORMAT = 1
 _LARGEST_MANIFEST = 2**20
 """Bytes; a folder of ours has a few files."""
 
@@ -55,7 +56,9 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         fill(work)
         reach("filled")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in _files(work)}
-        (work / MANIFEST).write_text(json.dumps({"format": 1, "files": files}), encoding="utf-8")
+        (work / MANIFEST).write_text(
+            json.dumps({"format": _FORMAT, "files": files}), encoding="utf-8"
+        )
         reach("listed")
         for path in (*work.iterdir(), work):
             _flush(path)
@@ -82,7 +85,10 @@ def verify(folder: Path) -> None:
         path = folder / MANIFEST
         if path.stat().st_size > _LARGEST_MANIFEST:
             raise Damaged(f"{MANIFEST} is larger than any of ours")
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != _FORMAT:
+            raise Damaged(f"{MANIFEST} is of another format")
+        files = found["files"]
         listed = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None

@@ -1,7 +1,7 @@
 """Signs in a run's figures that it goes wrong, each said once with a cure."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 FAR = 50.0
 """Nats between the policy and the reference, a response: samples of the one are nothing to the
@@ -10,6 +10,7 @@ COLLAPSED = 0.1
 """Of the entropy at the first update."""
 
 
+@runtime_checkable
 class Watched(Protocol):
     """What a run keeps of it."""
 

@@ -185,7 +185,11 @@ def _update(run: State, settings: Settings, measure: bool) -> Metrics:
 def _remember(groups: Iterable[Group]) -> Callable[[], None]:
     """What puts sources back to where they are now. A round is never changed but for its count."""
     now = [
-        (g, replace(g, kept=dict(g.kept), states=list(g.states)), g.round.taken if g.round else 0)
+        (
+            g,
+            replace(g, cursor=replace(g.cursor), kept=dict(g.kept), states=list(g.states)),
+            g.round.taken if g.round else 0,
+        )
         for g in groups
     ]
 
