@@ -23,8 +23,8 @@ _WORDS = (
     "level office door health person art war history party result change morning reason research"
 ).split()
 LONGEST = 1800
-"""Characters of a real pair's prompt with its longer response: about 420 tokens. Neither side has to
-cut, and both fit 23 GB beside each other (of 700 tokens, TRL took 18 GB alone)."""
+"""Characters of a real pair's prompt with its longer response: about 420 tokens. Neither side has
+to cut, and both fit 23 GB beside each other (of 700 tokens, TRL took 18 GB alone)."""
 
 
 def made_pairs(
