@@ -221,7 +221,7 @@ def real_rows(plan: Plan) -> list[Row]:
             same_losses("dpo_rows", before["ours"], before["trl"], len(first))
             for _ in range(epoch - len(first)):
                 own.ask("step")
-            found = take_turns(both, epoch)
+            found = take_turns(both, epoch, fewest=epoch)
     if [a["rows"] for a in found["ours"]] != counted:
         raise Failed("dpo_rows: our side took other rows than TRL was given")
     sums = [sum(a["seconds"] for a in found[side]) for side in ("ours", "trl")]

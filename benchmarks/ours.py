@@ -88,7 +88,6 @@ def main() -> None:
         seconds = time.perf_counter() - began
         rows = state.groups[0].round.samples.row.tolist()
         told = {"loss": metrics["loss"], "rows": rows, "drawn": drawn(state)}
-        told["times"] = {k: v for k, v in metrics.items() if k.startswith(loop.OF_TIME)}
         channel.say({"seconds": seconds, **rest, **told})
         return metrics
 

@@ -180,16 +180,18 @@ def take_turns(
     sides: Mapping[str, Worker],
     turns: int,
     after: Callable[[int], None] = lambda turn: None,
+    *,
+    fewest: int = FEWEST,
 ) -> dict[str, list[Answer]]:
-    """The answers of each side to `turns` steps, one side after the other; to fewer where they are
-    slow. `after` is given how many turns are over."""
+    """The answers of each side to `turns` steps, one side after the other; to `fewest` where they
+    are slow. `after` is given how many turns are over."""
     found: dict[str, list[Answer]] = {name: [] for name in sides}
     began = time.perf_counter()
     for turn in range(1, turns + 1):
         for name, worker in sides.items():
             found[name].append(worker.ask("step"))
         after(turn)
-        if turn >= FEWEST and time.perf_counter() - began > SLOW * turn:
+        if turn >= fewest and time.perf_counter() - began > SLOW * turn:
             break
     for name, answers in found.items():
         _check_rest(name, answers)

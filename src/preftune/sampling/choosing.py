@@ -55,10 +55,9 @@ def choose(
     size = max(1, _CHUNK // vocabulary) if logits.device.type == "cpu" else count
     for start in range(0, count, size):
         rows = slice(start, start + size)
-        own = logits[rows].to(wide)
+        own = logits[rows].to(wide, copy=not decoding.unmodified)
         if not decoding.unmodified:
             whole[rows] = own.logsumexp(-1)
-            own = own.clone()
             own[:, ends] = own[:, ends].masked_fill(early[rows, None], -torch.inf)
             own = restricted(own, decoding)
         torch.softmax(own, -1, out=mass[rows, :vocabulary])
