@@ -86,6 +86,7 @@ def _collect(run: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "skipped": run.skipped,
         "best": run.best,
         "first_entropy": run.first_entropy,
+        "pending": run.pending,
         "micro_batch_tokens": run.world.micro_batch_tokens,
         "identity": run.identity,
         "groups": [_group_state(g, f"group{i}", tensors) for i, g in enumerate(run.groups)],
@@ -180,6 +181,7 @@ def _restore(run: State, tensors: dict[str, Tensor], plain: Mapping[str, Any]) -
     run.seconds, run.warned = plain["seconds"], set(plain["warned"])
     run.skipped, run.first_entropy = plain["skipped"], plain["first_entropy"]
     run.best = tuple(plain["best"]) if plain["best"] else None
+    run.pending = plain["pending"]
     run.world = replace(run.world, micro_batch_tokens=plain["micro_batch_tokens"])
     with torch.no_grad():
         for name, tensor in _changing(run):

@@ -5,6 +5,7 @@ Nothing else imports transformers. Weights are read from safetensors only, unles
 """
 
 import inspect
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -135,6 +136,7 @@ def check_folder(name: str, *, allow_pickle: bool = False) -> None:
         elif (path / "model" / "config.json").exists():
             hint = f" It is a run's folder: give {path / 'model'}."
         raise UserError(f"model '{name}': the folder holds no config.json, so no model.{hint}")
+    _check_index(path)
     if not any(path.glob("*.safetensors")) and not allow_pickle:
         if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
             raise UserError(
@@ -144,13 +146,38 @@ def check_folder(name: str, *, allow_pickle: bool = False) -> None:
         raise UserError(f"model '{name}': the folder holds no *.safetensors weights.")
 
 
+def _check_index(folder: Path) -> None:
+    """Refuse a list of weights' files that names any outside of its folder."""
+    for path in folder.glob("*.index.json"):
+        try:
+            files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            inside = all(isinstance(f, str) and Path(f).name == f for f in files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"model '{folder}': {path.name} cannot be read ({type(error).__name__}: {error}). "
+                "Copy or download the folder anew."
+            ) from error
+        if not inside:
+            raise UserError(
+                f"model '{folder}': {path.name} names files outside of the folder. Save the model "
+                "anew with model.save_pretrained."
+            )
+
+
+def _failed(error: BaseException) -> bool:
+    """Whether it is a failure, those of tokenizers' Rust included, which are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _load(auto: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` with this project's safety settings, its errors as one sentence."""
     _quiet()
     check_folder(name)
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # OSError, ValueError, SafetensorError, ... for user mistakes
+    except BaseException as error:  # OSError, ValueError, SafetensorError, ... for user mistakes
+        if not _failed(error):
+            raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         cure = "Check the name, or copy or download the folder anew."
         raise UserError(

@@ -76,8 +76,10 @@ class State:
     skipped: int = 0
     """Updates left out because they were not finite."""
     best: tuple[int, float] | None = None
-    """Step and value of `best_by`."""
+    """Step and value of `best_by`, negative where less is better."""
     first_entropy: float | None = None
+    pending: Metrics | None = None
+    """Figures of the last update, while it is not evaluated and logged."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of the weights that do not change, by whose they are."""
 
@@ -264,38 +266,56 @@ def _follow(run: State) -> None:
 def advance(run: State, settings: Settings, hooks: Hooks) -> None:
     """Update until `max_steps` or until `hooks.stop`, calling the hooks."""
     if run.step == 0 and hooks.evaluate and settings.eval_every:
-        hooks.log(0, hooks.evaluate(0))
-    while run.step < settings.max_steps:
-        step, last = run.step + 1, run.step + 1 == settings.max_steps
-        logged = step % settings.log_every == 0 or last
-        metrics = update(run, settings, measure=logged)
-        for message in health.warnings(run, metrics):
-            hooks.warn(message)
-        better = False
-        if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
-            found = hooks.evaluate(step)
-            metrics |= found
-            better = _is_best(run, settings, found)
-        if logged:
-            hooks.log(step, metrics)
-        due = settings.save_every and (step % settings.save_every == 0 or last)
-        if hooks.save and (due or better):
-            hooks.save(run)
+        found = hooks.evaluate(0)
+        _judged_by(settings, found)
+        hooks.log(0, found)
+    while run.pending is not None or run.step < settings.max_steps:
+        if run.pending is None:
+            run.pending = update(run, settings, measure=_is_logged(run.step + 1, settings))
+            for message in health.warnings(run, run.pending):
+                hooks.warn(message)
+        _after(run, settings, hooks, run.pending)
         if hooks.stop():
             return
 
 
+def _is_logged(step: int, settings: Settings) -> bool:
+    return step % settings.log_every == 0 or step == settings.max_steps
+
+
+def _after(run: State, settings: Settings, hooks: Hooks, metrics: Metrics) -> None:
+    """What follows an update: evaluation, which may fail and be repeated, the log, a checkpoint."""
+    step, last = run.step, run.step == settings.max_steps
+    better = False
+    if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
+        found = hooks.evaluate(step)
+        better = _is_best(run, settings, found)
+        metrics = metrics | found
+    if _is_logged(step, settings):
+        hooks.log(step, metrics)
+    run.pending = None
+    due = settings.save_every and (step % settings.save_every == 0 or last)
+    if hooks.save and (due or better):
+        hooks.save(run)
+
+
 def _is_best(run: State, settings: Settings, evaluated: Metrics) -> bool:
     """Whether this evaluation is the best so far; the run keeps it."""
-    if settings.best_by is None:
-        return False
-    name = settings.best_by.removeprefix("-")
-    if evaluated.get(name) is None:
-        known = ", ".join(sorted(k for k, v in evaluated.items() if isinstance(v, int | float)))
-        raise UserError(f"best_by '{settings.best_by}': evaluations have {known}.")
-    value = float(evaluated[name])
-    sign = -1 if settings.best_by.startswith("-") else 1
-    if run.best is not None and sign * value <= sign * run.best[1]:
+    value = _judged_by(settings, evaluated)
+    if value is None or (run.best is not None and value <= run.best[1]):
         return False
     run.best = run.step, value
     return True
+
+
+def _judged_by(settings: Settings, evaluated: Metrics) -> float | None:
+    """The figure that checkpoints are chosen by, negative where less of it is better."""
+    if settings.best_by is None:
+        return None
+    name = settings.best_by.removeprefix("-")
+    found = evaluated.get(name, evaluated.get(f"eval_{name}"))
+    if found is None:
+        known = (k for k, v in evaluated.items() if isinstance(v, int | float))
+        names = ", ".join(sorted(k.removeprefix("eval_") for k in known))
+        raise UserError(f"best_by '{settings.best_by}': evaluations have {names or 'no figure'}.")
+    return -float(found) if settings.best_by.startswith("-") else float(found)

@@ -27,8 +27,8 @@ def _finite(value: Any) -> Any:
 
 LOCK = ".lock"
 """A file of the folder that its writer holds; the system lets go of it when the process ends."""
-
-
+JUDGED = "judge.jsonl"
+"""A judge's answers."""
 _held: set[str] = set()
 
 

@@ -19,6 +19,7 @@ from preftune import (
     loop,
     reference_cache,
     reward_evaluation,
+    rewards,
 )
 from preftune import config as configs
 from preftune.config import Config
@@ -36,7 +37,7 @@ from preftune.policies.transformer import Transformer
 from preftune.report import write_report
 from preftune.reward_model import RewardModel
 from preftune.rounds import World
-from preftune.runs import RunFolder
+from preftune.runs import JUDGED, RunFolder
 from preftune.signals import Signals
 
 
@@ -118,6 +119,7 @@ def _train(
         held.enter_context(RunFolder.held(parts.output))
         RunFolder.check_free(parts.output)
     folder = _open_folder(parts, resolved_config(parts, settings))
+    _keep_answers(parts, folder)
     evaluate = None
     if parts.held_out is not None:
         scores = isinstance(parts.model, RewardModel)
@@ -181,6 +183,13 @@ def execute(
             raise KeyboardInterrupt if signals.asked == signal.SIGINT else Saved(message)
     _take_best(state, folder, tell)
     _save_model(parts, folder)
+
+
+def _keep_answers(parts: Parts, folder: RunFolder) -> None:
+    """A judge is asked each question once in a run, however often the run is resumed."""
+    path = folder.path / JUDGED
+    parts.reward = parts.reward and rewards.kept(parts.reward, path)
+    parts.gold = parts.gold and rewards.kept(parts.gold, path)
 
 
 def _identity(parts: Parts) -> dict[str, str]:

@@ -4,8 +4,14 @@ Anything else that comes out of one is a defect.
 """
 
 import contextlib
+import functools
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import math
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +20,25 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from preftune import checkpoint, config, durable, judge_server, judging, loop, methods
+from preftune import (
+    checkpoint,
+    cli,
+    config,
+    durable,
+    huggingface,
+    judge_server,
+    judging,
+    loop,
+    methods,
+    rewards,
+)
 from preftune.collecting import Cursor
 from preftune.data import chat, formats
 from preftune.durable import Damaged
 from preftune.errors import UserError
 from preftune.policies.categorical import Categorical
+from preftune.report import write_report
+from preftune.reward_kinds import Judged
 from preftune.rounds import World
 
 _folder = Path(tempfile.mkdtemp(prefix="preftune-fuzz-"))
@@ -43,6 +62,13 @@ def data_rows(data: bytes) -> None:
         with contextlib.suppress(UserError):
             loaded = formats.load_examples(_file(f"rows{ending}", data), want="any")
             json.dumps([r.reason for r in loaded.rejected])
+
+
+def packed_rows(data: bytes) -> None:
+    """The same, compressed."""
+    for ending in (".jsonl.gz", ".jsonl.xz", ".parquet"):
+        with contextlib.suppress(UserError):
+            formats.load_examples(_file(f"rows{ending}", data), want="any")
 
 
 def manifest(data: bytes) -> None:
@@ -77,16 +103,16 @@ def _checkpoint(tensors: bytes, plain: bytes) -> None:
 
 
 _GOOD_TENSORS = save({"policy/logits": torch.zeros(2, 3)})
-_GOOD_PLAIN: dict[str, Any] = {
+GOOD_PLAIN: dict[str, Any] = {
     "step": 1, "version": 1, "seconds": 0.5, "warned": [], "skipped": 0, "best": None,
-    "first_entropy": None, "micro_batch_tokens": None, "identity": {},
+    "first_entropy": None, "pending": None, "micro_batch_tokens": None, "identity": {},
     "groups": [{"cursor": Cursor().__dict__, "queries": 0, "kept": [], "round": None}],
 }  # fmt: skip
 
 
 def safetensors(data: bytes) -> None:
     """A checkpoint's tensors."""
-    _checkpoint(data, json.dumps(_GOOD_PLAIN).encode())
+    _checkpoint(data, json.dumps(GOOD_PLAIN).encode())
 
 
 def checkpoint_json(data: bytes) -> None:
@@ -101,32 +127,106 @@ def judge_reply(data: bytes) -> None:
         assert found is None or 0 <= found <= 10, found
 
 
-_tokenizer: list[Any] = []
+@functools.cache
+def _tiny() -> Path:
+    """A model's folder."""
+    from conftest import save_tiny_model
+
+    return Path(save_tiny_model(_folder / "tiny"))
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return huggingface.load_tokenizer(str(_tiny()))
 
 
 def chat_template(data: bytes) -> None:
     """A chat template of somebody else's."""
-    if not _tokenizer:
-        from conftest import save_tiny_model
-        from preftune import huggingface
-
-        _tokenizer.append(huggingface.load_tokenizer(save_tiny_model(_folder / "tiny")))
     with contextlib.suppress(UserError, chat.RowError):
-        renderer = chat.Renderer(_tokenizer[0], template=str(_file("chat.jinja", data)))
+        renderer = chat.Renderer(_tokenizer(), template=str(_file("chat.jinja", data)))
         renderer.prompt_ids("Say something.")
+
+
+def _beside(name: str, data: bytes) -> str:
+    """A model's folder in which one file is another."""
+    folder = _folder / f"with-{name}"
+    if not folder.exists():
+        shutil.copytree(_tiny(), folder)
+    (folder / name).write_bytes(data)
+    return str(folder)
+
+
+def tokenizer_json(data: bytes) -> None:
+    """A tokenizer."""
+    with contextlib.suppress(UserError):
+        huggingface.load_tokenizer(_beside("tokenizer.json", data))
+
+
+def model_config(data: bytes) -> None:
+    """A model's configuration."""
+    with contextlib.suppress(UserError):
+        huggingface.load_model(_beside("config.json", data), torch.float32)
+
+
+def weight_map(data: bytes) -> None:
+    """The list of a model's files."""
+    folder = _beside("model.safetensors.index.json", data)
+    (Path(folder) / "model.safetensors").unlink(missing_ok=True)
+    (Path(folder) / "other.safetensors").write_bytes(b"")
+    with contextlib.suppress(UserError):
+        huggingface.load_model(folder, torch.float32)
+
+
+def reward_values(data: bytes) -> None:
+    """What a user's reward function returns."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    asked = Judged(prompts=["a", "b"], completions=["c", "d"], tokens=[1, 1])
+    with contextlib.suppress(UserError):
+        found = rewards.judge(rewards.Function("f", lambda completions: values), asked)
+        assert len(found) == 2 and all(math.isfinite(x) for x in found), found
+
+
+def run_folder(data: bytes) -> None:
+    """A run's folder that somebody hands on, in a report."""
+    folder = _folder / "run"
+    folder.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "times.jsonl", "evaluation.json", "config.yaml"):
+        (folder / name).write_bytes(data)
+    with contextlib.suppress(UserError):
+        write_report([folder], _folder / "report.html")
+
+
+def command_line(data: bytes) -> None:
+    """A file of rows given to a command: 0, or 2 and a sentence."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        rows = str(_file("given.jsonl", data))
+        code = cli.run(["inspect", "--model", str(_tiny()), "--data", rows])
+    assert code in (0, 2) and "Traceback" not in err.getvalue(), (code, err.getvalue())
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
     for f in (
-        config_yaml, data_rows, manifest, safetensors, checkpoint_json, judge_reply, chat_template,
+        config_yaml, data_rows, packed_rows, manifest, safetensors, checkpoint_json, judge_reply,
+        chat_template, tokenizer_json, model_config, weight_map, reward_values, run_folder,
+        command_line,
     )
 }  # fmt: skip
 
-_TEMPLATE = (
+TEMPLATE = (
     b"{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}"
     b"{% endfor %}"
 )
+GOOD_MODEL = json.loads((_tiny() / "config.json").read_bytes())
+CONFIG_KEYS = list(config.Config.model_fields)
+_ROWS = [
+    b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+    b'{"prompt": [{"role": "user", "content": "a"}], "completion": "b", "label": true}\n',
+]
 SEEDS: dict[str, list[bytes]] = {
     "config_yaml": [
         b"method: dpo\nmodel: m\ndata: d.jsonl\nbeta: 0.1\n",
@@ -135,9 +235,10 @@ SEEDS: dict[str, list[bytes]] = {
         b"? [1]\n: 2\n", b"!!python/object/apply:os.system ['true']\n", b"d: 2001-99-99\n",
     ],
     "data_rows": [
-        b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
-        b'{"prompt": [{"role": "user", "content": "a"}], "completion": "b", "label": true}\n',
-        b"prompt,chosen,rejected\na,b,c\n", b'[{"prompt": "a"}, null, 3]', b"\xff\xfe\x00",
+        *_ROWS, b"prompt,chosen,rejected\na,b,c\n", b'[{"prompt": "a"}, null, 3]', b"\xff\xfe\x00",
+    ],
+    "packed_rows": [
+        gzip.compress(_ROWS[0] * 9), lzma.compress(_ROWS[0]), gzip.compress(b"[" * 10**6), b"PAR1",
     ],
     "manifest": [
         b'{"format": 1, "files": {"a": {"bytes": 1, "sha256": "ca978112"}}}',
@@ -147,14 +248,27 @@ SEEDS: dict[str, list[bytes]] = {
         _GOOD_TENSORS, save({"policy/logits": torch.zeros(3, 2), "x": torch.zeros(0)}),
         (2**63).to_bytes(8, "little") + b"{}", b"",
     ],
-    "checkpoint_json": [json.dumps(_GOOD_PLAIN).encode(), b'{"step": []}', b"[" * 5000],
+    "checkpoint_json": [json.dumps(GOOD_PLAIN).encode(), b'{"step": []}', b"[" * 5000],
     "judge_reply": [
         b'{"choices": [{"message": {"content": "A"}}]}',
         b'{"choices": [{"message": {"content": "Score: 7/10"}}]}',
         b'{"choices": [{"message": {"content": "<think>A</think>[[B]]"}}]}', b'{"choices": []}',
     ],
     "chat_template": [
-        _TEMPLATE, b"{{ raise_exception('no') }}", b"{% for i in range(3) %}{{ i }}{% endfor %}",
+        TEMPLATE, b"{{ raise_exception('no') }}", b"{% for i in range(3) %}{{ i }}{% endfor %}",
         b"{{ ''.__class__ }}", b"{{ messages[5].x.y }}", b"{% if",
     ],
+    "tokenizer_json": [(_tiny() / "tokenizer.json").read_bytes(), b"{}"],
+    "model_config": [json.dumps(GOOD_MODEL).encode(), b"{}", b'{"model_type": "llama"}'],
+    "weight_map": [
+        b'{"weight_map": {"lm_head.weight": "other.safetensors"}}',
+        b'{"metadata": {}, "weight_map": {"a": "../tiny/model.safetensors"}}',
+    ],
+    "reward_values": [b"[1, 2.5]", b"[NaN, 1]", b'{"a": [1, 2]}', b"[[1], [2]]", b"[true, null]"],
+    "run_folder": [
+        b'{"step": 1, "loss": 0.5, "kl": 0.1, "seconds": 1}\n{"step": 2, "loss": null}\n',
+        b'{"step": 1, "prompt": "<script>", "response": "x", "reward": 1, "tokens": 3}\n',
+        b"method: dpo\nmodel: m\n",
+    ],
+    "command_line": _ROWS,
 }  # fmt: skip

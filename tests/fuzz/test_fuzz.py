@@ -1,7 +1,6 @@
 """Hostile input: five hundred cases a target; `make fuzz` tries ten thousand."""
 
 import os
-import random
 import resource
 import signal
 import sys
@@ -9,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from mutation import mutated  # noqa: E402
+from strategies import STRATEGIES  # noqa: E402
 from targets import SEEDS, TARGETS  # noqa: E402
 
 CASES = int(os.environ.get("FUZZ_CASES", "500"))
@@ -34,17 +34,31 @@ def patience() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+def check(name: str, data: bytes) -> None:
+    """One case, in its time."""
+    signal.alarm(PATIENCE)
+    try:
+        TARGETS[name](data)
+    finally:
+        signal.alarm(0)
+
+
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_no_input_breaks_it(name: str, patience: None) -> None:
-    chance = random.Random(f"{name} {SEED}")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cases = [*SEEDS[name], *(mutated(SEEDS[name], chance) for _ in range(CASES))]
-    for data in cases:
-        signal.alarm(PATIENCE)
-        try:
-            TARGETS[name](data)
-        except Exception as error:
-            raise AssertionError(f"{name}: {data[:200]!r} ({len(data)} bytes)") from error
-    signal.alarm(0)
+    for data in SEEDS[name]:
+        check(name, data)
+
+    @seed(SEED)
+    @settings(
+        max_examples=CASES, database=None,
+        deadline=None, suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )  # fmt: skip
+    @given(data=STRATEGIES[name]())
+    def cases(data: bytes) -> None:
+        check(name, data)
+
+    cases()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < MEMORY
