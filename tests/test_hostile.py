@@ -3,14 +3,18 @@
 import gzip
 import json
 import lzma
+import os
+import resource
+import signal
 import socket
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
-from fake_judge import Judge
 
+from conftest import CHAT_TEMPLATE
+from fake_judge import Judge
 from preftune import huggingface, train
 from preftune.data import Renderer, load_examples
 from preftune.data import trial as trials
@@ -21,10 +25,11 @@ from preftune.errors import UserError
     ("template", "reason"),
     [
         ("{{ 'a' * 9999999999 }}", "MB of memory"),
+        ("{{ [][0].x }}{{ 'a' * 9999999999 }}", "refuses"),
         ("{{ 'a'.center(9999999999) }}", "MB of memory"),
         ("{% set n = namespace(s='a') %}{% for i in range(50) %}{% set n.s = n.s + n.s %}"
-         "{% endfor %}", "MB of memory"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "3 s"),
+         "{% endfor %}", "MB of memory|1 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s"),
         ("{{ 'a' * 9999999 }}", "KB of text"),
     ],
 )  # fmt: skip
@@ -38,12 +43,32 @@ def test_a_template_that_takes_too_much_is_refused(
         Renderer(tokenizer, template=str(path))
 
 
+def test_what_a_template_does_not_reach_is_not_laid_out(tiny_model: str, tmp_path: Path) -> None:
+    """Compiling it computes constants, of 10 GB here."""
+    path = tmp_path / "chat.jinja"
+    path.write_text(CHAT_TEMPLATE + "{% if false %}{{ 'a' * 9999999999 }}{% endif %}")
+    tokenizer = huggingface.load_tokenizer(tiny_model)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert Renderer(tokenizer, template=str(path)).prompt_ids("x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
 def test_a_template_cannot_leave_its_sandbox(tiny_model: str, tmp_path: Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("{{ cycler.__init__.__globals__.os.popen('touch here').read() }}")
     with pytest.raises(UserError, match="template"):
         Renderer(huggingface.load_tokenizer(tiny_model), template=str(path))
     assert not Path("here").exists()
+
+
+def test_a_process_that_ends_is_seen() -> None:
+    def crash() -> int:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return 0
+
+    assert trials.excess(crash) == "ends its process (SIGSEGV)"
 
 
 def test_what_is_tried_leaves_nothing_here() -> None:

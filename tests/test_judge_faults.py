@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_judge import Judge
-from test_training import same, timeless
 
+from fake_judge import Judge
 from preftune import judge_server, train
 from preftune.errors import UserError
 from preftune.judging import JudgeAnswers
 from preftune.training import resumed
+from test_training import same, timeless
 
 
 @pytest.fixture
@@ -76,7 +76,10 @@ def test_a_server_that_stops_in_mid_round(judge, tiny_model, pairs_file, tmp_pat
 
 @pytest.mark.parametrize(
     "fault",
-    [429, 500, 503, b"", b"{", b'{"choices": [{"message": {"content": ', (503, {"Retry-After": "1"})],
+    [
+        429, 500, 503, b"", b"{", b'{"choices": [{"message": {"content": ',
+        (503, {"Retry-After": "1"}),
+    ],
 )  # fmt: skip
 def test_faults_that_pass_change_nothing(fault, judge, tiny_model, pairs_file, tmp_path) -> None:
     """Every third answer is one of them; those that are no answer at all are asked for again."""

@@ -68,9 +68,8 @@ def _fill(folder: str, model: str, data: str, gate: object) -> None:
 
 def test_two_runs_fill_one_cache(tiny_model, pairs_file, tmp_path, monkeypatch) -> None:
     """At the same time, with the same result as one that had a cache of its own."""
-    from test_training import same
-
     from preftune import train
+    from test_training import same
 
     context = multiprocessing.get_context("fork")
     for number in range(3):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from preftune import plain_yaml
 from preftune.errors import UserError, nearest
 from preftune.huggingface import DEFAULT_MODEL
 
@@ -23,10 +24,6 @@ _TRL_NAMES = {
     "resume_from_checkpoint": "resume", "optim": "optimizer", "dataset": "data",
     "steps": "max_steps",
 }  # fmt: skip
-
-
-LARGEST = 2**20
-"""Bytes of a configuration, and values in it."""
 
 
 class Strict(BaseModel):
@@ -238,8 +235,6 @@ def check_keys(values: Mapping[Any, Any], where: str) -> None:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; tags that would run code are refused."""
-    import yaml
-
     if path.is_dir():
         hint = f" Give {path / 'config.yaml'}." if (path / "config.yaml").is_file() else ""
         raise UserError(f"config '{path}': is a folder, not a YAML file.{hint}")
@@ -247,19 +242,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"config '{path}': no such file.{nearest(path.name, beside)}")
     try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"config '{path}': is larger than {LARGEST >> 20} MiB. Give settings.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if _nodes(values) > LARGEST:
-            raise UserError(
-                f"config '{path}': its aliases (*name) stand for too much. Spell it out."
-            )
-    except RecursionError as error:
-        raise UserError(f"config '{path}': is nested too deeply. Give settings.") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, say
-        where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"config '{path}'{where}: {problem}. Only plain YAML is read.") from error
+        values = plain_yaml.load(path.read_text(encoding="utf-8"))
+    except (plain_yaml.NotPlain, UnicodeDecodeError) as error:
+        line = getattr(error, "line", None)
+        where = f", line {line}" if line else ""
+        raise UserError(f"config '{path}'{where}: {error}. Only plain YAML is read.") from error
     except OSError as error:
         raise UserError(f"config '{path}': cannot be read: {error.strerror or error}.") from error
     if not isinstance(values, dict):
@@ -269,17 +256,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
     check_keys(values, f"config '{path}'")
     return values
-
-
-def _nodes(value: Any, known: dict[int, int] | None = None) -> int:
-    """Values below this one, those of aliases each time they stand there."""
-    known = {} if known is None else known
-    if id(value) not in known:
-        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = LARGEST + 1  # an alias of what it stands in has no end
-        below = (_nodes(x, known) for x in parts) if isinstance(value, dict | list) else ()
-        known[id(value)] = 1 + sum(below)
-    return known[id(value)]
 
 
 def set_path(values: dict[str, Any], path: str, value: Any) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from preftune import plain_yaml
 from preftune.durable import write_text
 from preftune.errors import UserError
 
@@ -99,10 +100,19 @@ class RunFolder:
         )
 
     def read_config(self) -> dict[str, Any]:
-        """config.yaml, as it was written."""
-        import yaml
+        """config.yaml, as it was written.
 
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        Raises:
+            UserError: it holds no settings.
+        """
+        path = self.path / "config.yaml"
+        try:
+            found = plain_yaml.load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{path}' cannot be read: {error}. Restore it.") from error
+        if not isinstance(found, dict):
+            raise UserError(f"'{path}' holds no settings. Restore it.")
+        return found
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file of the folder."""

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from strategies import STRATEGIES  # noqa: E402
-from targets import SEEDS, TARGETS  # noqa: E402
+from targets import SEEDS, SLOW, TARGETS  # noqa: E402
 
 CASES = int(os.environ.get("FUZZ_CASES", "500"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -51,7 +51,7 @@ def test_no_input_breaks_it(name: str, patience: None) -> None:
 
     @seed(SEED)
     @settings(
-        max_examples=CASES, database=None,
+        max_examples=CASES // SLOW.get(name, 1), database=None,
         deadline=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.data.canonical import Example, Message, Prompt
-from preftune.data.trial import excess
+from preftune.data.trial import excess, little_memory
 from preftune.errors import UserError, nearest
 
 Spans = list[tuple[int, int]] | None
@@ -77,7 +77,8 @@ class Renderer:
         self._tail, self._template_ends = "", False
         if self.chat:
             self._try()
-            self._tail, self._template_ends = self._probe()
+            with little_memory():  # the template is compiled here, which can take what running does
+                self._tail, self._template_ends = self._probe()
 
     @property
     def template_text(self) -> Any:

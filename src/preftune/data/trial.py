@@ -8,12 +8,13 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS = 3
-"""Of processor time."""
-PATIENCE = 15.0
+SECONDS = 1
+"""Of processor time; templates take milliseconds."""
+PATIENCE = 20.0
 """Seconds on the clock: the processor may be busy with other things."""
 MEMORY = 2**29
 """Bytes."""
@@ -42,22 +43,43 @@ def excess(work: Callable[[], int]) -> str | None:
     code = _wait(pid)
     if code in (_TIME, -signal.SIGXCPU, -signal.SIGKILL):
         return f"takes more than {SECONDS} s"
+    if code < 0:
+        return f"ends its process ({signal.Signals(-code).name})"
     if code == _ROOM:
         return f"takes more than {MEMORY >> 20} MB of memory"
     return f"gives more than {LARGEST >> 10} KB of text" if code == _LENGTH else None
 
 
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Hold this process to `MEMORY` more than it has; where the system cannot, do nothing."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        yield
+        return
+    import resource
+
+    now = int(pages.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    least = [n for n in (soft, hard, now + MEMORY) if n != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(least), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def _confined(work: Callable[[], int]) -> int:
     """The exit code of the child."""
+    import faulthandler
     import resource  # not on Windows
 
+    faulthandler.disable()  # a crash is the finding, and nothing to report
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-    pages = Path("/proc/self/statm")
-    if pages.exists():  # elsewhere the system would refuse the limit
-        now = int(pages.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
     try:
-        return _LENGTH if work() > LARGEST else 0
+        with little_memory():
+            return _LENGTH if work() > LARGEST else 0
     except MemoryError:
         return _ROOM
     except Exception:
