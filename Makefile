@@ -11,7 +11,7 @@ STAMP := .venv/.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint docs bench reproduce clean
+.PHONY: help setup quickstart test test-slow lint docs bench faults fuzz reproduce clean
 # A recipe that fails must not leave a stamp behind.
 .DELETE_ON_ERROR:
 
@@ -52,6 +52,12 @@ docs: $(STAMP)  ## the documentation, into site/
 # BENCH names some of the lines: make bench BENCH="dpo_step sampling"
 bench: $(STAMP)  ## measure speed and memory against targets; one JSON line a target, last
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+faults: $(STAMP)  ## runs that are killed, files that are damaged, disks that are full
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py
+
+fuzz: $(STAMP)  ## hostile input, ten thousand cases a target
+	FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/fuzz
 
 reproduce: $(STAMP)  ## the papers' claims, run again, with their verdicts
 	$(BIN)/preftune reproduce

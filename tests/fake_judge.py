@@ -9,7 +9,7 @@ from typing import Any
 from preftune.judging import Server, connect
 
 Reply = Callable[[str], Any]
-"""The question -> the answer's text, a status, or (status, headers)."""
+"""The question -> the answer's text, its bytes, a status, or (status, headers[, body])."""
 
 
 class Judge:
@@ -44,7 +44,7 @@ class Judge:
                 if isinstance(found, int):
                     return self.answer(found, "no\nmore")
                 if isinstance(found, tuple):
-                    return self.answer(found[0], "no", found[1])
+                    return self.answer(found[0], *(found[2:] or ("no",)), found[1])
                 if isinstance(found, bytes):
                     return self.answer(200, found.decode())
                 message = {"choices": [{"message": {"role": "assistant", "content": found}}]}

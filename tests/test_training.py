@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from preftune import methods, train
-from preftune.errors import UserError
+from preftune.errors import GuardStop, Saved, UserError
 from preftune.training import Event, resumed
 
 ROWS = list(methods.table())
@@ -52,11 +54,31 @@ def stop_at(step: int):
     return callback
 
 
+def ask_to_end(event: Event) -> None:
+    if event.kind == "step":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("method", ROWS)
-def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
+def test_a_run_stopped_at_every_step_ends_with_the_same_weights_bit_for_bit(
     method, tiny_model, pairs_file, tmp_path
 ):
-    """Stopped in step 4, resumed from step 3: in mid-round for rows with two passes."""
+    """In mid-epoch, and inside of a round, between passes, for rows that have them."""
+    more = {"method": method, "max_steps": 4}
+    straight = train(settings(tiny_model, pairs_file, tmp_path / "a", **more), reward=length_reward)
+    broken = settings(tiny_model, pairs_file, tmp_path / "b", **more)
+    for step in range(1, 5):
+        with pytest.raises(Saved, match=f"step-{step:06d}"):
+            train(resumed({**broken, "resume": True}), reward=length_reward, callbacks=[ask_to_end])
+    again = train(resumed({**broken, "resume": True}), reward=length_reward)
+    assert same(straight.folder, again.folder)
+    assert timeless(straight.metrics) == timeless(again.metrics)
+    assert [m["step"] for m in again.metrics] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo", "hypo"])
+def test_a_crash_after_a_checkpoint_loses_the_steps_since(method, tiny_model, pairs_file, tmp_path):
+    """Stopped in step 4, resumed from step 3."""
     more = {"method": method, "save_every": 3}
     straight = train(settings(tiny_model, pairs_file, tmp_path / "a", **more), reward=length_reward)
     broken = settings(tiny_model, pairs_file, tmp_path / "b", **more)
@@ -66,6 +88,67 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
     assert same(straight.folder, again.folder)
     assert timeless(straight.metrics) == timeless(again.metrics)
     assert [m["step"] for m in again.metrics] == [1, 2, 3, 4, 5]
+
+
+def test_the_best_checkpoint_is_kept_and_its_model_left(tiny_model, pairs_file, tmp_path):
+    """A figure that is best at step 2 of 6: its weights are those of a run that ended there."""
+    values = iter([0.0, 1.0, 5.0, 2.0, 3.0, 1.0, 0.5])
+
+    def judged(completions, **_):
+        return [now["value"]] * len(completions)
+
+    now = {"value": next(values)}
+
+    def next_value(event: Event) -> None:
+        if event.kind == "step" and event.step:
+            now["value"] = next(values, 0.0)
+
+    more = {
+        "method": "dpo", "lr_schedule": "constant", "warmup_ratio": 0, "eval_every": 1,
+        "eval_fraction": 0.25, "save_every": None,
+    }  # fmt: skip
+    now["value"] = next(values)
+    run = train(
+        settings(tiny_model, pairs_file, tmp_path / "a", best_by="reward", max_steps=6, **more),
+        reward=judged, callbacks=[next_value],
+    )  # fmt: skip
+    rewards = [m["eval_reward"] for m in run.metrics if "eval_reward" in m]
+    assert rewards, sorted(run.metrics[-1])
+    best = next(m["step"] for m in run.metrics if m.get("eval_reward") == max(rewards))
+    assert 0 < best < 6
+    short = train(
+        settings(tiny_model, pairs_file, tmp_path / "b", max_steps=best, **more), reward=judged
+    )
+    assert same(run.folder, short.folder)
+    assert (run.folder / "checkpoints" / f"step-{best:06d}").is_dir()
+
+
+def test_updates_that_are_not_finite_are_left_out_up_to_a_number(tiny_model, pairs_file, tmp_path):
+    from preftune.huggingface import load_model, load_tokenizer
+
+    def run(name: str, bad: int, **more):
+        """The first `bad` updates give no number."""
+        model = load_model(tiny_model, torch.float32)
+        reached: list[int] = []
+
+        def spoil(module, inputs, output):
+            spoiled = torch.is_grad_enabled() and reached and reached[-1] < bad
+            return output * float("nan") if spoiled else output
+
+        model.model.norm.register_forward_hook(spoil)
+        return train(
+            settings(tiny_model, pairs_file, tmp_path / name, method="sft", max_steps=5, **more),
+            model=model, tokenizer=load_tokenizer(tiny_model),
+            callbacks=[lambda e: reached.append(e.step) if e.kind in ("start", "step") else None],
+        )  # fmt: skip
+
+    with pytest.raises(GuardStop, match=r"guard\.json"):
+        run("a", 1)
+    dumped = json.loads((tmp_path / "a" / "guard.json").read_text())
+    assert dumped["step"] == 1 and len(dumped["batch"][0]["rows"]) == 4
+    assert run("b", 2, max_skipped=2).metrics[-1]["updates_not_finite"] == 2
+    with pytest.raises(GuardStop, match="step 3"):
+        run("c", 3, max_skipped=2)
 
 
 @pytest.mark.parametrize("method", [m for m in ROWS if methods.get(m).needs >= {"ref_logp"}])
@@ -131,7 +214,7 @@ def test_what_a_run_leaves_behind(tiny_model, pairs_file, tmp_path):
     run = train(config, reward=length_reward, callbacks=[lambda e: kinds.append(e.kind)])
     assert {p.name for p in run.folder.iterdir()} == {
         "config.yaml", "metrics.jsonl", "times.jsonl", "samples.jsonl", "evaluation.json", "model",
-        "report.html",
+        "report.html", ".lock",
     }  # fmt: skip
     times = [json.loads(x) for x in (run.folder / "times.jsonl").read_text().splitlines()]
     assert [t["step"] for t in times] == [1, 2, 3, 4, 5]

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from preftune import labellers, methods, objectives
     from preftune.config import Config
-    from preftune.training import first_gradient, train
+    from preftune.outside_check import first_gradient
+    from preftune.training import train
 
 __version__ = "0.1.0"
 __all__ = ["Config", "first_gradient", "labellers", "methods", "objectives", "train"]
 
-_HOME = {"Config": "config", "train": "training", "first_gradient": "training"}
+_HOME = {"Config": "config", "train": "training", "first_gradient": "outside_check"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from preftune.runs import write_text
+from preftune.durable import write_text
 
 
 class Store:

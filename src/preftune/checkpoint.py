@@ -1,37 +1,76 @@
 """Checkpoints of a run: weights, optimizer, and every place it has reached.
 
-A checkpoint is a folder of one safetensors file and one JSON file, written under a name that
-begins with `.tmp-` and renamed when it is whole. Random draws are functions of counters, so the
-counters are all of their state.
+A checkpoint is a folder of one safetensors file, one JSON file and a manifest (`durable`). Random
+draws are functions of counters, so the counters are all of their state.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from preftune import durable
 from preftune.collecting import Cursor
+from preftune.durable import Damaged
+from preftune.errors import GuardStop, UserError
 from preftune.loop import State
 from preftune.rounds import Group, Round
 from preftune.samples import Batch, Samples
 
 KEEP = 2
+"""Checkpoints besides the best one."""
+_OTHERS = (
+    Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+    RecursionError,
+)  # fmt: skip
+"""Errors of reading what is not ours."""
+_TENSORS, _PLAIN = "state.safetensors", "state.json"
 
 
 def save(run: State, folder: Path) -> Path:
-    """Write `checkpoints/step-N`, then drop all but the last two."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `checkpoints/step-N`, then drop all but the last two and the best.
+
+    Raises:
+        UserError: it cannot be written; the ones before are whole.
+    """
     target = folder / f"step-{run.step:06d}"
-    work = folder / f".tmp-step-{run.step:06d}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    tensors, plain = _collect(run)
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if any(name.startswith(("policy/", "optimizer/")) for name in bad):
+        raise GuardStop(f"step {run.step}: weights are not numbers: {', '.join(bad[:3])}.")
+
+    def fill(work: Path) -> None:
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, work / _TENSORS)
+        durable.reach("tensors")
+        (work / _PLAIN).write_text(json.dumps(plain), encoding="utf-8")
+
+    try:
+        durable.write_folder(target, fill)
+    except (OSError, SafetensorError) as error:
+        before = _found(folder)
+        kept = f"{before[-1]} is whole" if before else "there is none before it"
+        raise UserError(
+            f"checkpoint: '{target}' cannot be written ({error}); {kept}. "
+            "Free space, then go on with --resume."
+        ) from error
+    keep = set(_found(folder)[-KEEP:])
+    if run.best is not None:
+        keep.add(folder / f"step-{run.best[0]:06d}")
+    for old in _found(folder):
+        if old not in keep:
+            shutil.rmtree(old)
+    return target
+
+
+def _collect(run: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that changes while a run goes on: tensors, and what JSON can hold."""
     tensors: dict[str, Tensor] = {}
     names = [name for name, _ in run.world.policy.named_parameters()]
     tensors |= {f"policy/{n}": p.detach() for n, p in run.world.policy.named_parameters()}
@@ -44,18 +83,15 @@ def save(run: State, folder: Path) -> Path:
         "version": run.version,
         "seconds": run.seconds,
         "warned": sorted(run.warned),
+        "skipped": run.skipped,
+        "best": run.best,
+        "first_entropy": run.first_entropy,
+        "pending": run.pending,
+        "micro_batch_tokens": run.world.micro_batch_tokens,
+        "identity": run.identity,
         "groups": [_group_state(g, f"group{i}", tensors) for i, g in enumerate(run.groups)],
     }
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, work / "state.safetensors")
-    (work / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-    for path in (*work.iterdir(), work):
-        _flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(work, target)
-    _flush(folder)
-    for old in _found(folder)[:-KEEP]:
-        shutil.rmtree(old)
-    return target
+    return tensors, plain
 
 
 def _moving(run: State) -> Iterable[tuple[str, Tensor]]:
@@ -65,41 +101,94 @@ def _moving(run: State) -> Iterable[tuple[str, Tensor]]:
     return run.world.reference.tensors()
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _found(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
+    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
 
 
-def newest(folder: Path) -> Path | None:
-    """The last whole checkpoint, or None."""
-    found = _found(folder) if folder.is_dir() else []
-    return found[-1] if found else None
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The last whole checkpoint, and why later ones were passed over."""
+    notes = []
+    for path in reversed(_found(folder)):
+        try:
+            durable.verify(path)
+        except Damaged as reason:
+            notes.append(f"{path} is damaged and passed over: {reason}")
+        else:
+            return path, notes
+    return None, notes
 
 
 def load(run: State, path: Path) -> None:
-    """Put a run back where the checkpoint was written."""
-    tensors = load_file(path / "state.safetensors")
-    plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    run.step, run.version = plain["step"], plain["version"]
-    run.seconds, run.warned = plain["seconds"], set(plain["warned"])
-    names = []
+    """Put a run back where the checkpoint was written.
+
+    Raises:
+        UserError: it is damaged, or of another run; the run is as it was.
+    """
+    try:
+        durable.verify(path)
+        tensors = load_file(path / _TENSORS)
+        plain = json.loads((path / _PLAIN).read_text(encoding="utf-8"))
+        _check(run, path, tensors, plain)
+        _restore(run, tensors, plain)
+    except _OTHERS as error:
+        raise UserError(
+            f"checkpoint '{path}' cannot be used ({type(error).__name__}: {error}). "
+            "Delete this folder to go on from the one before."
+        ) from error
+
+
+def load_weights(run: State, path: Path) -> None:
+    """The policy's weights of a checkpoint of this run.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        durable.verify(path)
+        tensors = load_file(path / _TENSORS)
+    except (Damaged, SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint '{path}' cannot be used ({error}).") from error
     with torch.no_grad():
         for name, parameter in run.world.policy.named_parameters():
-            names.append(name)
             parameter.copy_(tensors[f"policy/{name}"])
-        for name, tensor in _moving(run):
-            tensor.copy_(tensors[f"reference/{name}"])
+
+
+def _check(run: State, path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Compare with the run before anything of it is changed."""
+    for part, now in run.identity.items():
+        if plain["identity"].get(part, now) != now:
+            raise UserError(
+                f"checkpoint '{path}': the weights of the {part} are not those that the run began "
+                "with. Give the model it was started with, or start a new run."
+            )
+    for name, tensor in _changing(run):
+        held = tensors.get(name)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            found = "missing" if held is None else f"{held.dtype} {tuple(held.shape)}"
+            raise UserError(
+                f"checkpoint '{path}': '{name}' is {found}, the model has {tensor.dtype} "
+                f"{tuple(tensor.shape)}. Resume with the model that the run was started with."
+            )
+
+
+def _changing(run: State) -> Iterable[tuple[str, Tensor]]:
+    yield from ((f"policy/{n}", p) for n, p in run.world.policy.named_parameters())
+    yield from ((f"reference/{n}", t) for n, t in _moving(run))
+
+
+def _restore(run: State, tensors: dict[str, Tensor], plain: Mapping[str, Any]) -> None:
+    run.step, run.version = plain["step"], plain["version"]
+    run.seconds, run.warned = plain["seconds"], set(plain["warned"])
+    run.skipped, run.first_entropy = plain["skipped"], plain["first_entropy"]
+    run.best = tuple(plain["best"]) if plain["best"] else None
+    run.pending = plain["pending"]
+    run.world = replace(run.world, micro_batch_tokens=plain["micro_batch_tokens"])
+    with torch.no_grad():
+        for name, tensor in _changing(run):
+            tensor.copy_(tensors[name])
     state: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(names):
-        prefix = f"optimizer/{name}/"
-        found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for i, (name, _) in enumerate(run.world.policy.named_parameters()):
+        found = _under(f"optimizer/{name}/", tensors)
         if found:
             state[i] = found
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})

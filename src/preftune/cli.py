@@ -8,7 +8,7 @@ from pathlib import Path
 
 from preftune import startup
 from preftune.cli_train import JSON, print_json, reward, train
-from preftune.errors import GuardStop, UserError, nearest
+from preftune.errors import GuardStop, Saved, UserError, nearest
 
 HELP = """usage: preftune COMMAND [--help]
 
@@ -40,7 +40,8 @@ def run(args: Sequence[str]) -> int:
     """Run a command in this process.
 
     Returns:
-        0 done, 1 a fault of ours, 2 a user's error, 3 stopped by a guard, 130 interrupted.
+        0 done, 1 a fault of ours, 2 a user's error, 3 stopped by a guard, 75 saved on SIGTERM or
+        SIGUSR1, 130 interrupted.
     """
     try:
         return _dispatch(list(args))
@@ -50,6 +51,9 @@ def run(args: Sequence[str]) -> int:
     except GuardStop as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 3
+    except Saved as ended:
+        print(f"saved: {ended}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

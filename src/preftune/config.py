@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from preftune import plain_yaml
 from preftune.errors import UserError, nearest
 from preftune.huggingface import DEFAULT_MODEL
 
@@ -162,7 +163,18 @@ class Config(Strict):
         0.05, ge=0, le=1, description="share of unusable rows above which to stop"
     )
     save_every: int | None = Field(
-        None, ge=1, description="steps between checkpoints; default: at the end"
+        None,
+        ge=1,
+        description="steps between checkpoints; default: only when it is interrupted",
+    )
+    best_by: str | None = Field(
+        None,
+        description="keep the model whose evaluation has the highest NAME (-NAME: lowest)",
+    )
+    max_skipped: int = Field(
+        0,
+        ge=0,
+        description="updates left out, at most, where the loss or gradient is not finite",
     )
     eval_every: int | None = Field(
         None, ge=1, description="steps between evaluations; default: at the end"
@@ -223,8 +235,6 @@ def check_keys(values: Mapping[Any, Any], where: str) -> None:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; tags that would run code are refused."""
-    import yaml
-
     if path.is_dir():
         hint = f" Give {path / 'config.yaml'}." if (path / "config.yaml").is_file() else ""
         raise UserError(f"config '{path}': is a folder, not a YAML file.{hint}")
@@ -232,11 +242,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"config '{path}': no such file.{nearest(path.name, beside)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"config '{path}'{where}: {problem}. Only plain YAML is read.") from error
+        values = plain_yaml.load(path.read_text(encoding="utf-8"))
+    except (plain_yaml.NotPlain, UnicodeDecodeError) as error:
+        line = getattr(error, "line", None)
+        where = f", line {line}" if line else ""
+        raise UserError(f"config '{path}'{where}: {error}. Only plain YAML is read.") from error
     except OSError as error:
         raise UserError(f"config '{path}': cannot be read: {error.strerror or error}.") from error
     if not isinstance(values, dict):

@@ -1,10 +1,10 @@
-"""The two ways in which a run may end before its time, apart from a fault of ours.
+"""The ways in which a run may end before its time, apart from a fault of ours.
 
-The command line turns them into exit codes: `UserError` 2, `GuardStop` 3.
+The command line turns them into exit codes: `UserError` 2, `GuardStop` 3, `Saved` 75.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -21,7 +21,18 @@ class BadRows(UserError):
 
 
 class GuardStop(Exception):
-    """A guard ended the run (a non-finite loss, a diverged policy)."""
+    """A guard ended the run (a non-finite loss, a diverged policy).
+
+    `details` is what is known of the batch, as plain data.
+    """
+
+    def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.details = dict(details or {})
+
+
+class Saved(Exception):
+    """The system asked the run to end (SIGTERM, SIGUSR1); it is saved and can go on."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -72,9 +72,19 @@ def _code_digest() -> str:
     return found.hexdigest()
 
 
-def of_weights(model: torch.nn.Module, tick: Tick = lambda stage, done, total: None) -> str:
-    """A hash of every weight and buffer: name, type, shape and bytes."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def of_weights(
+    model: torch.nn.Module,
+    tick: Tick = lambda stage, done, total: None,
+    *,
+    frozen: bool = False,
+) -> str:
+    """A hash of every weight and buffer: name, type, shape and bytes.
+
+    Args:
+        frozen: of weights that are not trained alone.
+    """
+    weights = {n: p for n, p in model.named_parameters() if not (frozen and p.requires_grad)}
+    tensors = weights if frozen else {**weights, **dict(model.named_buffers())}
 
     def one(named: tuple[str, Tensor]) -> str:
         name, tensor = named

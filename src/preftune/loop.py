@@ -7,22 +7,21 @@ It knows no method by name: what a row does is in its terms.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from preftune.errors import GuardStop
-from preftune.measures import Measures, numbers
+from preftune import health
+from preftune.errors import GuardStop, UserError
+from preftune.gradient import Found, gradient
+from preftune.measures import numbers
 from preftune.method import Method
 from preftune.optimizer import Optimizer, make
 from preftune.phases import Recorder, phase, recording
-from preftune.policies.scoring import micro_batches, sizes
-from preftune.rounds import Group, World, group_terms, next_minibatch, refill
-from preftune.samples import Batch, Samples
-from preftune.terms import count, loss_sum, narrow, trimmed
+from preftune.rounds import Group, World, group_terms
 
 Metrics = dict[str, Any]
 
@@ -41,6 +40,10 @@ class Settings:
     log_every: int = 1
     eval_every: int | None = None
     save_every: int | None = None
+    max_skipped: int = 0
+    """Updates that may be left out because the loss or the gradient is not finite."""
+    best_by: str | None = None
+    """A figure of the evaluations; the checkpoint where it is highest is kept (`-name`: lowest)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,15 @@ class State:
     """Optimizer steps taken (an update without any item makes none; of a study, all updates)."""
     seconds: float = 0.0
     warned: set[str] = field(default_factory=set)
+    skipped: int = 0
+    """Updates left out because they were not finite."""
+    best: tuple[int, float] | None = None
+    """Step and value of `best_by`, negative where less is better."""
+    first_entropy: float | None = None
+    pending: Metrics | None = None
+    """Figures of the last update, while it is not evaluated and logged."""
+    identity: dict[str, str] = field(default_factory=dict)
+    """Hashes of the weights that do not change, by whose they are."""
 
 
 def start(method: Method, world: World, settings: Settings) -> State:
@@ -98,84 +110,6 @@ def learning_rate(settings: Settings, step: int) -> float | Tensor:
     if isinstance(base, tuple):
         return torch.tensor(base, dtype=torch.float64) * factor
     return base * factor
-
-
-@dataclass
-class Found:
-    """What a gradient came with."""
-
-    loss: Tensor | None
-    """[*R], float64; None where no item remains in any run."""
-    items: Tensor
-    """[*R]: some item remains in this run."""
-    measures: Measures
-
-
-def gradient(
-    groups: Sequence[Group],
-    world: World,
-    version: int,
-    given: Samples | None = None,
-    measure: bool = True,
-) -> Found:
-    """Accumulate one update's gradient in the policy's parameters.
-
-    Each term is normalised by its own count over the whole minibatch, known before the first
-    forward, so the size of the micro-batches does not matter.
-    """
-    shape = world.policy.batch_shape
-    total, found = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
-    measures = Measures(shape, on=measure)
-    for group in sorted(groups, key=lambda g: not g.leads):  # it brings the reference along
-        if group.round is None or group.round.spent:
-            refill(group, world, version, given)
-    work = []
-    for group in groups:
-        samples, labelled = next_minibatch(group)
-        measures.minibatch(group, samples, labelled, version)
-        samples, labelled = narrow(samples, labelled)
-        counts = [count(t, samples, b) for t, b in zip(group.terms, labelled, strict=True)]
-        left = torch.stack(counts).amax(0) > 0
-        if not bool(left.any()):
-            continue
-        found = found if group.idle else found | left
-        parts = micro_batches(samples, world.micro_batch_tokens)
-        for index in parts:
-            part, items = samples, labelled
-            if len(parts) > 1:
-                part, items = samples.take(index), [b.take(index) for b in labelled]
-            work.append((group, *trimmed(part, items), counts))
-    if not shape:
-        # most memory is taken by the largest: it goes first, while there are no gradients yet
-        work.sort(key=lambda w: -sum(sizes(w[1])))
-    for group, part, items, counts in work:
-        with phase("train", 0 if shape else sum(sizes(part))):
-            total = total + _micro_batch(group, world, part, items, counts, measures)
-    return Found(total if bool(found.any()) else None, found, measures)
-
-
-def _micro_batch(
-    group: Group,
-    world: World,
-    samples: Samples,
-    labelled: list[Batch],
-    counts: list[Tensor],
-    measures: Measures,
-) -> Tensor:
-    """Forward and backward pass of some of a minibatch's prompts; its share of the loss, [*R]."""
-    with torch.set_grad_enabled(not group.idle):
-        now = world.policy.outputs(samples, group.outputs)
-        measures.outputs(group, samples, now)
-        dtype = next(iter(now.values())).dtype
-        loss = torch.zeros(world.policy.batch_shape, dtype=dtype)
-        for i, (term, batch, n) in enumerate(zip(group.terms, labelled, counts, strict=True)):
-            summed, arguments = loss_sum(term, samples, batch, now)
-            mean = summed / n.clamp(min=1).to(dtype)
-            measures.term(group, i, samples, batch, arguments, mean)
-            loss = loss + group.factor(i) * mean if not term.idle else loss
-    if not group.idle:
-        loss.sum().backward()
-    return loss.detach().double()
 
 
 def update(run: State, settings: Settings, measure: bool = True) -> Metrics:
@@ -219,17 +153,27 @@ def _update(run: State, settings: Settings, measure: bool) -> Metrics:
     """`update` without its times."""
     run.optimizer.zero_grad()
     measure = measure or any(t.max_ratio is not None for g in run.groups for t in g.terms)
-    found = gradient(run.groups, run.world, run.version, measure=measure)
+    undo = _remember(run.groups)
+    try:
+        found = gradient(run.groups, run.world, run.version, measure=measure)
+    except Exception:  # a reward that fails, say: the run stands where it was before this update
+        undo()
+        raise
+    run.world = replace(run.world, micro_batch_tokens=found.micro_batch_tokens)
     metrics: Metrics = found.measures.result() if measure else {}
-    metrics |= _so_far(run.groups)
+    metrics |= _so_far(run)
     rate = learning_rate(settings, run.step)
     metrics |= {"loss": None, "learning_rate": numbers(rate)}
     if found.loss is not None:
         with phase("train"):
             norm = run.optimizer.clip(settings.max_grad_norm)
         metrics |= {"loss": _shown(found.loss, found.items), "grad_norm": _shown(norm, found.items)}
-        _guard(run, found.loss, norm)
-        active = found.items & ~run.stopped & ~found.measures.skipped()
+        try:
+            sound = _sound(run, settings, found, norm)
+        except GuardStop:
+            undo()
+            raise
+        active = found.items & sound & ~run.stopped & ~found.measures.skipped()
         with phase("train"):
             run.optimizer.step(rate, active)
         if bool(active.any()):
@@ -240,27 +184,76 @@ def _update(run: State, settings: Settings, measure: bool) -> Metrics:
     return metrics
 
 
+def _remember(groups: Iterable[Group]) -> Callable[[], None]:
+    """What puts sources back to where they are now. A round is never changed but for its count."""
+    now = [
+        (
+            g,
+            replace(g, cursor=replace(g.cursor), kept=dict(g.kept), states=list(g.states)),
+            g.round.taken if g.round else 0,
+        )
+        for g in groups
+    ]
+
+    def undo() -> None:
+        for group, before, taken in now:
+            for name in ("cursor", "kept", "states", "round", "queries"):
+                setattr(group, name, getattr(before, name))
+            if group.round is not None:
+                group.round.taken = taken
+
+    return undo
+
+
 def _shown(value: Tensor, items: Tensor) -> Any:
     """A run without any item has no loss and no gradient."""
     return numbers(value.masked_fill(~items, torch.nan)) if value.ndim else float(value)
 
 
-def _guard(run: State, loss: Tensor, norm: Tensor) -> None:
-    """Stop a run whose loss or gradient is not finite; all runs stopped, stop the program."""
-    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    run.stopped |= bad
+def _sound(run: State, settings: Settings, found: Found, norm: Tensor) -> Tensor:
+    """[*R]: the loss and the gradient are finite. A run of a study stops where they are not; a
+    single one leaves the update out if it may."""
+    assert found.loss is not None, "there is no gradient without a loss"
+    sound = torch.isfinite(found.loss) & torch.isfinite(norm)
+    if bool(sound.all()):
+        return sound
+    if not run.world.policy.batch_shape and run.skipped < settings.max_skipped:
+        run.skipped += 1
+        return sound
+    run.stopped |= ~sound
     if bool(run.stopped.all()):
         raise GuardStop(
-            f"step {run.step + 1}: the loss is {numbers(loss)} "
+            f"step {run.step + 1}: the loss is {numbers(found.loss)} "
             f"and the gradient norm {numbers(norm)}. "
-            "Lower learning_rate, or look at the batch's rewards and lengths."
+            "Lower learning_rate, or look at the batch's rewards and lengths.",
+            details=_of_batch(run, found, norm),
         )
+    return sound
 
 
-def _so_far(groups: Iterable[Group]) -> Metrics:
-    """Counts over the run: what the reward was asked."""
-    asked = sum(g.queries for g in groups)
-    return {"reward_queries": asked} if asked else {}
+def _of_batch(run: State, found: Found, norm: Tensor) -> dict[str, Any]:
+    """What is to be known of an update that was not finite."""
+    weights = [n for n, p in run.world.policy.named_parameters() if not p.isfinite().all()]
+    batch = [
+        {
+            "source": type(m.group.source).__name__,
+            "rows": m.samples.row.tolist(),
+            "tokens": m.samples.lengths().tolist(),
+            "reward": None if m.samples.reward is None else m.samples.reward.tolist(),
+        }
+        for m in found.minibatches
+    ]
+    return {
+        "step": run.step + 1, "loss": numbers(found.loss), "grad_norm": numbers(norm),
+        "weights_not_finite": weights, "batch": batch,
+    }  # fmt: skip
+
+
+def _so_far(run: State) -> Metrics:
+    """Counts over the run: what the reward was asked, and what was left out."""
+    asked = sum(g.queries for g in run.groups)
+    counts = {"reward_queries": asked, "updates_not_finite": run.skipped}
+    return {name: n for name, n in counts.items() if n}
 
 
 def _follow(run: State) -> None:
@@ -273,22 +266,56 @@ def _follow(run: State) -> None:
 def advance(run: State, settings: Settings, hooks: Hooks) -> None:
     """Update until `max_steps` or until `hooks.stop`, calling the hooks."""
     if run.step == 0 and hooks.evaluate and settings.eval_every:
-        hooks.log(0, hooks.evaluate(0))
-    while run.step < settings.max_steps:
-        step, last = run.step + 1, run.step + 1 == settings.max_steps
-        logged = step % settings.log_every == 0 or last
-        metrics = update(run, settings, measure=logged)
-        if metrics["loss"] is None and "ties" not in run.warned:
-            run.warned.add("ties")
-            hooks.warn(
-                f"step {step}: no item remained (all rewards tied), so no update was made. "
-                "Sample more responses a prompt, raise the temperature, or use a finer reward."
-            )
-        if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
-            metrics |= hooks.evaluate(step)
-        if logged:
-            hooks.log(step, metrics)
-        if hooks.save and settings.save_every and (step % settings.save_every == 0 or last):
-            hooks.save(run)
+        found = hooks.evaluate(0)
+        _judged_by(settings, found)
+        hooks.log(0, found)
+    while run.pending is not None or run.step < settings.max_steps:
+        if run.pending is None:
+            run.pending = update(run, settings, measure=_is_logged(run.step + 1, settings))
+            for message in health.warnings(run, run.pending):
+                hooks.warn(message)
+        _after(run, settings, hooks, run.pending)
         if hooks.stop():
             return
+
+
+def _is_logged(step: int, settings: Settings) -> bool:
+    return step % settings.log_every == 0 or step == settings.max_steps
+
+
+def _after(run: State, settings: Settings, hooks: Hooks, metrics: Metrics) -> None:
+    """What follows an update: evaluation, which may fail and be repeated, the log, a checkpoint."""
+    step, last = run.step, run.step == settings.max_steps
+    better = False
+    if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
+        found = hooks.evaluate(step)
+        better = _is_best(run, settings, found)
+        metrics = metrics | found
+    if _is_logged(step, settings):
+        hooks.log(step, metrics)
+    run.pending = None
+    due = settings.save_every and (step % settings.save_every == 0 or last)
+    if hooks.save and (due or better):
+        hooks.save(run)
+
+
+def _is_best(run: State, settings: Settings, evaluated: Metrics) -> bool:
+    """Whether this evaluation is the best so far; the run keeps it."""
+    value = _judged_by(settings, evaluated)
+    if value is None or (run.best is not None and value <= run.best[1]):
+        return False
+    run.best = run.step, value
+    return True
+
+
+def _judged_by(settings: Settings, evaluated: Metrics) -> float | None:
+    """The figure that checkpoints are chosen by, negative where less of it is better."""
+    if settings.best_by is None:
+        return None
+    name = settings.best_by.removeprefix("-")
+    found = evaluated.get(name, evaluated.get(f"eval_{name}"))
+    if found is None:
+        known = (k for k, v in evaluated.items() if isinstance(v, int | float))
+        names = ", ".join(sorted(k.removeprefix("eval_") for k in known))
+        raise UserError(f"best_by '{settings.best_by}': evaluations have {names or 'no figure'}.")
+    return -float(found) if settings.best_by.startswith("-") else float(found)

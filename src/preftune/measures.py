@@ -49,6 +49,9 @@ DOCUMENTED = {
     "length": "mean response tokens of the minibatch's sampled responses, end token included",
     "no_end": "share of sampled responses that were cut before an end token",
     "staleness": "optimizer steps since these samples were drawn",
+    "entropy": "mean -log-prob of a token of these samples at collection, nats (of samples at "
+    "temperature 1: the policy's entropy)",
+    "updates_not_finite": "updates left out so far, not being finite (max_skipped)",
     "ratio_mean": "mean over tokens of policy now / policy at collection",
     "ratio_max": "the largest of these",
     "effective_sample_size": "(sum w)^2 / (n sum w^2) of the responses' ratios w, 0 to 1",
@@ -168,6 +171,8 @@ class Measures:
         self.add("length", samples.lengths(), fresh)
         self.add("no_end", ~samples.finished, fresh)
         self.add("staleness", version - samples.origin, fresh)
+        if samples.logp is not None:
+            self.add("entropy", -samples.logp, samples.mask & fresh.unsqueeze(-1))
         if group.round.trained_logp and samples.ref_logp is not None:
             # of all samples: those that a labeller picks by their reward give no KL
             self.add("kl", log_ratio(samples), fresh)

@@ -315,6 +315,8 @@ def make_settings(parts: Parts) -> loop.Settings:
         log_every=config.log_every,
         eval_every=config.eval_every or steps,
         save_every=config.save_every,
+        max_skipped=config.max_skipped,
+        best_by=config.best_by,
     )
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "aimed",
     "is_open",
     "judge",
+    "kept",
     "make",
 ]
 
@@ -58,6 +59,13 @@ def aimed(reward: Reward, target: int) -> Reward:
     if isinstance(reward, Weighted):
         return Weighted(tuple((weight, aimed(part, target)) for weight, part in reward.parts))
     return Length("mode", target) if is_open(reward) else reward
+
+
+def kept(reward: Reward, path: Path) -> Reward:
+    """The reward with a judge's answers, if it asks one, kept in a file."""
+    if isinstance(reward, Weighted):
+        return Weighted(tuple((weight, kept(part, path)) for weight, part in reward.parts))
+    return reward.kept(path) if isinstance(reward, JudgeReward) else reward
 
 
 def make(spec: str, classifier: Callable[[str], Reward]) -> Reward:

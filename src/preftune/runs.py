@@ -1,27 +1,14 @@
 """A run folder: settings, metrics, samples, the model. Every file appears whole or not at all."""
 
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from preftune import plain_yaml
+from preftune.durable import write_text
 from preftune.errors import UserError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a crash leaves the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def dumps(value: Any) -> str:
@@ -39,6 +26,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
+LOCK = ".lock"
+"""A file of the folder that its writer holds; the system lets go of it when the process ends."""
+JUDGED = "judge.jsonl"
+"""A judge's answers."""
+_held: set[str] = set()
+
+
 class RunFolder:
     """Where a run writes."""
 
@@ -51,10 +45,42 @@ class RunFolder:
         for place in (path, *path.parents):
             if place.is_file():
                 raise UserError(f"output '{path}': '{place}' is a file. Give a folder.")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(p.name != LOCK for p in path.iterdir()):
             raise UserError(
                 f"output '{path}' is not empty. Give another folder, or --resume to go on with it."
             )
+
+    @staticmethod
+    @contextmanager
+    def held(path: Path) -> Iterator[None]:
+        """Be the only one that writes into the folder, which is made.
+
+        Raises:
+            UserError: another process writes there.
+        """
+        from filelock import FileLock, Timeout
+
+        path.mkdir(parents=True, exist_ok=True)
+        place = str(path.resolve())
+        lock = FileLock(path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"output '{path}': another run is writing there. "
+                "Wait until it has ended, or give another folder."
+            ) from None
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
+            lock.release()
+
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        """Whether this process is the one."""
+        return str(path.resolve()) in _held
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
@@ -74,10 +100,19 @@ class RunFolder:
         )
 
     def read_config(self) -> dict[str, Any]:
-        """config.yaml, as it was written."""
-        import yaml
+        """config.yaml, as it was written.
 
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        Raises:
+            UserError: it holds no settings.
+        """
+        path = self.path / "config.yaml"
+        try:
+            found = plain_yaml.load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{path}' cannot be read: {error}. Restore it.") from error
+        if not isinstance(found, dict):
+            raise UserError(f"'{path}' holds no settings. Restore it.")
+        return found
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file of the folder."""

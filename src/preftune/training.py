@@ -1,29 +1,29 @@
-"""`train` and `first_gradient`: the parts put together around the loop."""
+"""`train`: the parts put together around the loop."""
 
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from preftune import (
     automatic,
     building,
     checkpoint,
+    durable,
+    fingerprint,
     held_out,
     huggingface,
     loop,
     reference_cache,
     reward_evaluation,
+    rewards,
 )
 from preftune import config as configs
 from preftune.config import Config
-from preftune.errors import UserError
+from preftune.errors import GuardStop, Saved, UserError
 from preftune.parts import (
     Parts,
     blocks_are,
@@ -36,9 +36,9 @@ from preftune.parts import (
 from preftune.policies.transformer import Transformer
 from preftune.report import write_report
 from preftune.reward_model import RewardModel
-from preftune.rounds import World, group_terms
-from preftune.runs import RunFolder
-from preftune.samples import Samples, pad_stack
+from preftune.rounds import World
+from preftune.runs import JUDGED, RunFolder
+from preftune.signals import Signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +96,30 @@ def train(
     config = configs.load(config)
     if config.resume and config.output is None:
         raise UserError("resume: give the run's folder with --output.")
-    if config.output is not None and not config.resume:
+    with ExitStack() as held:
+        return _train(config, held, teller(callbacks), overrides, model, tokenizer, data, reward)
+
+
+def _train(
+    config: Config, held: ExitStack, tell: Tell, overrides: Mapping[str, Any] | None,
+    model: Any, tokenizer: Any, data: Any, reward: Any,
+) -> Run:  # fmt: skip
+    """`train`; what is held is let go of afterwards."""
+    if config.output is not None and config.resume and Path(config.output).is_dir():
+        held.enter_context(RunFolder.held(Path(config.output)))
+    elif config.output is not None:
         RunFolder.check_free(Path(config.output))
-    tell = teller(callbacks)
     parts = prepare(
         config, model=model, tokenizer=tokenizer, data=data, reward=reward, overrides=overrides
     )
     for note in parts.notes:
         tell("note", message=note)
     settings = make_settings(parts)
+    if not RunFolder.is_held(parts.output):  # it is made only now
+        held.enter_context(RunFolder.held(parts.output))
+        RunFolder.check_free(parts.output)
     folder = _open_folder(parts, resolved_config(parts, settings))
+    _keep_answers(parts, folder)
     evaluate = None
     if parts.held_out is not None:
         scores = isinstance(parts.model, RewardModel)
@@ -142,30 +156,77 @@ def execute(
         return
     _make_blocks(parts, settings, tell)
     world = make_world(parts)
+    identity = _identity(parts)
     if keeps_reference(parts):
         world = _with_known(parts, world, settings, tell)
     state = loop.start(parts.method, world, settings)
+    state.identity = identity
     if parts.config.resume:
         _go_on(state, folder, tell)
-    with _Interrupt() as interrupt:
+    with Signals() as signals:
         hooks = loop.Hooks(
             log=lambda step, metrics: _log(folder, tell, settings.max_steps, step, metrics),
             evaluate=evaluate,
             save=lambda s: _save(s, folder, tell),
             warn=lambda message: tell("note", message=message),
-            stop=lambda: interrupt.asked,
+            stop=lambda: signals.asked is not None,
         )
         tell("start", step=state.step, total=settings.max_steps, message=parts.method.name)
-        loop.advance(state, settings, hooks)
-        if interrupt.asked:
+        try:
+            loop.advance(state, settings, hooks)
+        except (UserError, GuardStop) as error:
+            raise _saved(error, state, folder) from error
+        if signals.asked is not None:
             path = checkpoint.save(state, folder.path / "checkpoints")
-            tell(
-                "interrupted",
-                step=state.step,
-                message=f"saved {path}; go on with --output {folder.path} --resume",
-            )
-            raise KeyboardInterrupt
+            message = f"saved {path}; go on with --output {folder.path} --resume"
+            tell("interrupted", step=state.step, message=message)
+            raise KeyboardInterrupt if signals.asked == signal.SIGINT else Saved(message)
+    _take_best(state, folder, tell)
     _save_model(parts, folder)
+
+
+def _keep_answers(parts: Parts, folder: RunFolder) -> None:
+    """A judge is asked each question once in a run, however often the run is resumed."""
+    path = folder.path / JUDGED
+    parts.reward = parts.reward and rewards.kept(parts.reward, path)
+    parts.gold = parts.gold and rewards.kept(parts.gold, path)
+
+
+def _identity(parts: Parts) -> dict[str, str]:
+    """Hashes of what a run needs beside its checkpoint: weights that stay as they were loaded."""
+    found = {}
+    if any(not p.requires_grad for p in parts.model.model.parameters()):
+        found["model"] = fingerprint.of_weights(parts.model.model, frozen=True)
+    if parts.reference is not None and parts.method.reference_update == "fixed":
+        found["reference"] = fingerprint.of_weights(parts.reference.model, frozen=True)
+    return found
+
+
+def _saved(
+    error: UserError | GuardStop, state: loop.State, folder: RunFolder
+) -> UserError | GuardStop:
+    """The same error, with what was reached saved: a reward or a judge that failed may be back
+    later, and an update that was not finite may be left out then."""
+    said, details = str(error), {}
+    if isinstance(error, GuardStop) and error.details:
+        details = error.details
+        folder.write_json("guard.json", details)
+        said += f" The batch is in {folder.path / 'guard.json'}."
+    # a reference that moves at rounds has moved already
+    if state.step and state.method.reference_update != "round":
+        with suppress(UserError, GuardStop):  # a full disk, say, which may be the error itself
+            path = checkpoint.save(state, folder.path / "checkpoints")
+            said += f" Saved {path}: --output {folder.path} --resume goes on from there."
+    return GuardStop(said, details) if isinstance(error, GuardStop) else UserError(said)
+
+
+def _take_best(state: loop.State, folder: RunFolder, tell: Tell) -> None:
+    """With `best_by`, the model of the best evaluation is what the run leaves."""
+    if state.best is None or state.best[0] == state.step:
+        return
+    path = folder.path / "checkpoints" / f"step-{state.best[0]:06d}"
+    checkpoint.load_weights(state, path)
+    tell("note", message=f"the model is that of step {state.best[0]}, the best")
 
 
 def _make_blocks(parts: Parts, settings: loop.Settings, tell: Tell) -> None:
@@ -197,28 +258,6 @@ def _with_known(parts: Parts, world: World, settings: loop.Settings, tell: Tell)
     return world
 
 
-class _Interrupt:
-    """The first Ctrl-C asks the loop to end after its step; the second leaves at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> "_Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 def resumed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """With `resume`, the settings of the folder's own config.yaml, and what is given besides."""
     output = values.get("output")
@@ -241,6 +280,7 @@ def _open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     folder = RunFolder(parts.output)
     before = folder.read_config()
     free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
+    free |= {"max_skipped"}
     free |= {"reference_cache"}  # the same values, up to rounding
     old, new = _flat(before), _flat(resolved)
     differs = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
@@ -266,7 +306,9 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _go_on(state: loop.State, folder: RunFolder, tell: Tell) -> None:
-    found = checkpoint.newest(folder.path / "checkpoints")
+    found, notes = checkpoint.newest(folder.path / "checkpoints")
+    for note in notes:
+        tell("note", message=note)
     if found is None:
         tell("note", message=f"{folder.path} holds no checkpoint: starting from step 0")
     else:
@@ -301,70 +343,5 @@ def _save_model(parts: Parts, folder: RunFolder) -> None:
             tokenizer = building.asking_for_good(tokenizer)
         huggingface.save_model(parts.model.model, tokenizer, work)
     shutil.rmtree(folder.path / "model", ignore_errors=True)
+    durable.reach("model")
     work.rename(folder.path / "model")
-
-
-def first_gradient(
-    config: Config | Mapping[str, Any] | str | Path,
-    *,
-    model: Any = None,
-    samples: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, Tensor]:
-    """The first update's gradient in float64, before clipping: a check of a whole row.
-
-    Args:
-        config: as for `train`; no run folder is made.
-        model: a model object in place of `model`.
-        samples: on-policy responses, `{"prompt_ids", "response_ids", "reward"}` each, the end token
-            in `response_ids` if the response ended. Grouped by equal prompt, they are the whole
-            first round of every on-policy source. Rewards given win over `reward`.
-    Returns:
-        the gradient of each of the model's named parameters.
-    """
-    config = configs.load(config)
-    # One row a response: some models normalise in float32 whatever their weights are, and then the
-    # gradients of a shared prompt differ by that rounding from those of rows by themselves.
-    exact = {"dtype": "float64", "share_prefix": bool(config.share_prefix)}
-    config = config.model_copy(update=exact)
-    parts = prepare(config, model=model, trains=False)
-    given = None if samples is None else _given(samples, parts.policy.end_ids)
-    groups, world = group_terms(parts.method), make_world(parts)
-    for parameter in parts.model.parameters():
-        parameter.grad = None
-    loop.gradient(groups, world, 0, given)
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
-        for name, p in parts.model.model.named_parameters()
-    }
-
-
-def _given(rows: Sequence[Mapping[str, Any]], end_ids: Sequence[int]) -> Samples:
-    """Given responses as a round, grouped by prompt in the order in which prompts appear."""
-    by_prompt: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_prompt.setdefault(tuple(row["prompt_ids"]), []).append(row)
-    counts = {len(group) for group in by_prompt.values()}
-    if len(counts) != 1:
-        raise UserError(
-            f"samples: every prompt needs the same number of responses, not {sorted(counts)}."
-        )
-    prompt, prompt_mask = pad_stack([torch.tensor(p) for p in by_prompt], left=True)
-    flat = [row for group in by_prompt.values() for row in group]
-    tokens, mask = pad_stack([torch.tensor(row["response_ids"]) for row in flat])
-    shape = (len(by_prompt), counts.pop())
-    ended = [bool(row["response_ids"]) and row["response_ids"][-1] in end_ids for row in flat]
-    rewarded = all(row.get("reward") is not None for row in flat)
-    return Samples(
-        prompt=prompt,
-        prompt_mask=prompt_mask,
-        tokens=tokens.view(*shape, -1),
-        mask=mask.view(*shape, -1),
-        finished=torch.tensor(ended).view(shape),
-        origin=torch.zeros(shape, dtype=torch.long),
-        row=torch.arange(shape[0]),
-        reward=_rewards(flat).view(shape) if rewarded else None,
-    )
-
-
-def _rewards(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([float(r["reward"]) for r in rows], dtype=torch.float64)

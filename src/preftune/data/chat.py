@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from preftune.data.canonical import Example, Message, Prompt
+from preftune.data.trial import excess, little_memory
 from preftune.errors import UserError, nearest
 
 Spans = list[tuple[int, int]] | None
 _PROBE = "preftune7probe"  # a response that no template changes or contains
+_tried: set[str] = set()
+"""Templates that take no more than they may."""
 
 
 class RowError(ValueError):
@@ -73,7 +76,9 @@ class Renderer:
         self._add_bos = not self.chat and _adds_bos(tokenizer)
         self._tail, self._template_ends = "", False
         if self.chat:
-            self._tail, self._template_ends = self._probe()
+            self._try()
+            with little_memory():  # the template is compiled here, which can take what running does
+                self._tail, self._template_ends = self._probe()
 
     @property
     def template_text(self) -> Any:
@@ -159,14 +164,17 @@ class Renderer:
 
     def _render(self, turns: list[Message], *, open_answer: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=open_answer,
-            )
+            return self._apply(turns, open_answer)
         except Exception as error:  # a template may raise what it likes, by raise_exception or not
             raise RowError(f"the chat template refuses the turns: {error}") from error
+
+    def _apply(self, turns: list[Message], open_answer: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=open_answer,
+        )
 
     def _whole(self, prompt: Prompt, head: str, response: str) -> tuple[str, int]:
         """The rendered conversation, and where in it the response ends."""
@@ -182,6 +190,21 @@ class Renderer:
         if not full.endswith(self._tail) or not body.rstrip().endswith(response.strip()):
             raise RowError("the chat template changes the response")
         return full, end
+
+    def _try(self) -> None:
+        """Render two turns elsewhere first: a template is a program, and not one of ours."""
+        template = str(self.template_text)
+        if template in _tried:
+            return
+        asked = self._turns("x")
+        answered = [*asked, {"role": "assistant", "content": _PROBE}]
+        reason = excess(lambda: len(self._apply(asked, True)) + len(self._apply(answered, False)))
+        if reason is not None:
+            raise UserError(
+                f"template: rendering a prompt of one letter {reason}, as with a template that is "
+                "damaged or hostile. Give `template` another .jinja file."
+            )
+        _tried.add(template)
 
     def _probe(self) -> tuple[str, bool]:
         """What the template puts behind a response, and whether an end token is in it."""

@@ -11,15 +11,15 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preftune.data.unpacking import PACKED, check_growth, open_bytes
 from preftune.errors import UserError, nearest
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
-_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _ALIASES = {".ndjson": ".jsonl"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KNOWN = "JSONL, JSON, Parquet or CSV (each also as .gz or .xz)"
@@ -96,7 +96,7 @@ def _read_hub(name: str, split: str) -> Iterable[Any]:
 def ending(path: Path) -> str | None:
     """The kind of a data file by its name, its compression put aside; None if not known."""
     suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in _PACKED:
+    if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
     last = _ALIASES.get(last, last)
@@ -164,18 +164,14 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"data '{path}': the file is empty. Give a file with at least one row.")
 
 
-def _open(path: Path) -> Any:
-    return _PACKED.get(path.suffix.lower(), open)(path, "rb")
-
-
 def _text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    with _open(path) as probe:
+    with open_bytes(path) as probe:
         if b"\0" in probe.read(4096):
             raise UserError(
                 f"data '{path}': holds binary data, not text. Save it as UTF-8 text, or give it "
                 f"the ending of its kind: {_KNOWN}."
             )
-    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
 
 
 def _parse(text: str) -> Any:
@@ -255,16 +251,27 @@ def _txt(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, {"prompt": line.strip()}
 
 
+_BATCH = 64
+"""Rows that are unpacked at once: a page that holds one long text can hold it for each of them."""
+
+
+def _check_parquet(path: Path, metadata: Any) -> None:
+    """Refuse a bomb by what the file says of itself: pages, and rows of next to nothing each."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    check_growth(path, max(sum(g.total_byte_size for g in groups), metadata.num_rows))
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with _open(path) as handle:
-            packed = path.suffix.lower() in _PACKED
+        with open_bytes(path) as handle:
+            packed = path.suffix.lower() in PACKED
             file = parquet.ParquetFile(pyarrow.BufferReader(handle.read()) if packed else path)
+            _check_parquet(path, file.metadata)
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from preftune import plain_yaml
 from preftune.errors import UserError
 
 REFERENCE = "reference"
@@ -164,19 +165,17 @@ def _distinct(runs: list[RunFolder]) -> list[RunFolder]:
         depth += 1
 
 
-def _parse(path: Path, parse: Callable[[str], T], errors: tuple[type[Exception], ...]) -> T:
+def _parse(path: Path, parse: Callable[[str], T]) -> T:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: restore the file or rerun.") from error
-    except errors as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}. Restore the file or rerun.") from error
 
 
 def _read_config(path: Path) -> Row:
-    import yaml
-
-    config = _parse(path, yaml.safe_load, (yaml.YAMLError,))
+    config = _parse(path, plain_yaml.load)
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no settings: a mapping of names to values is expected.")
     return config
@@ -185,7 +184,7 @@ def _read_config(path: Path) -> Row:
 def _read_evaluation(path: Path) -> dict[str, Estimate]:
     if not path.is_file():
         return {}
-    found = _parse(path, json.loads, (ValueError,))
+    found = _parse(path, json.loads)
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no object of estimates: run `preftune evaluate` again.")
     return {str(name): _estimate(value) for name, value in found.items()}
@@ -210,7 +209,7 @@ def _read_lines(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        except (ValueError, RecursionError) as error:  # no UTF-8 and no JSON are both ValueErrors
             if number == len(lines):  # no line feed after it: the run ended while writing it
                 break
             raise UserError(

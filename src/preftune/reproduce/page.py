@@ -8,9 +8,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from preftune.durable import write_text
 from preftune.report.page import embed_json
 from preftune.reproduce.claims import Claim, Measured
-from preftune.runs import write_text
 
 VERDICTS = {"holds": "holds", "does_not_hold": "does not hold", "not_seen": "not seen"}
 
