@@ -58,6 +58,8 @@ faults: $(STAMP)  ## runs that are killed, files that are damaged, disks that ar
 
 fuzz: $(STAMP)  ## hostile input, ten thousand cases a target
 	FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/fuzz
+	$(BIN)/python -m pip install -q -c constraints.txt atheris
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/guided.py
 
 reproduce: $(STAMP)  ## the papers' claims, run again, with their verdicts
 	$(BIN)/preftune reproduce

@@ -9,7 +9,21 @@ from typing import Any
 from preftune.judging import Server, connect
 
 Reply = Callable[[str], Any]
-"""The question -> the answer's text, its bytes, a status, or (status, headers[, body])."""
+"""The question -> the answer's text, its bytes, a status, (status, headers[, body]), or None
+for a connection that ends."""
+
+
+def _spelled(found: Any) -> tuple[int, str, Any]:
+    """Status, body and headers of a reply."""
+    if isinstance(found, int):
+        return found, "no\nmore", ()
+    if isinstance(found, tuple):
+        status, headers, *body = found
+        return status, body[0] if body else "no", headers
+    if isinstance(found, bytes):
+        return 200, found.decode(), ()
+    message = {"choices": [{"message": {"role": "assistant", "content": found}}]}
+    return 200, json.dumps(message), ()
 
 
 class Judge:
@@ -41,14 +55,8 @@ class Judge:
                     judge.asked.append(body)
                     judge.keys.append(self.headers.get("Authorization"))
                 found = judge.reply(body["messages"][0]["content"])
-                if isinstance(found, int):
-                    return self.answer(found, "no\nmore")
-                if isinstance(found, tuple):
-                    return self.answer(found[0], *(found[2:] or ("no",)), found[1])
-                if isinstance(found, bytes):
-                    return self.answer(200, found.decode())
-                message = {"choices": [{"message": {"role": "assistant", "content": found}}]}
-                self.answer(200, json.dumps(message))
+                if found is not None:
+                    self.answer(*_spelled(found))
 
             def answer(self, status: int, text: str, headers: Any = ()) -> None:
                 try:

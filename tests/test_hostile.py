@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from conftest import CHAT_TEMPLATE
+from byte_model import CHAT_TEMPLATE
 from fake_judge import Judge
 from preftune import huggingface, train
-from preftune.data import Renderer, load_examples
+from preftune.data import Renderer, load_examples, unpacking
 from preftune.data import trial as trials
 from preftune.errors import UserError
 
@@ -78,25 +78,30 @@ def test_what_is_tried_leaves_nothing_here() -> None:
     assert trials.excess(lambda: 1 // 0) is None, "an error is for the caller to find"
 
 
-def test_a_bomb_is_refused_before_it_grows(tmp_path: Path) -> None:
+@pytest.fixture
+def little_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bombs of a megabyte, which are made in no time."""
+    monkeypatch.setattr(unpacking, "FREE", 2**20)
+
+
+def test_a_bomb_is_refused_before_it_grows(tmp_path: Path, little_is_free: None) -> None:
     row = json.dumps({"prompt": "a" * 1000, "chosen": "b", "rejected": "c"}) + "\n"
     for ending, packed in ((".gz", gzip), (".xz", lzma)):
         path = tmp_path / f"bomb.jsonl{ending}"
         with packed.open(path, "wt") as out:
-            for _ in range(300):
-                out.write(row * 1000)
+            out.write(row * 5000)
         with pytest.raises(UserError, match="decompression bomb"):
             load_examples(path)
 
 
-def test_a_bomb_of_parquet_is_refused(tmp_path: Path) -> None:
+def test_a_bomb_of_parquet_is_refused(tmp_path: Path, little_is_free: None) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    rows = pyarrow.array(["a"]).take(pyarrow.array([0] * 10**8, pyarrow.int8()))
+    rows = pyarrow.array(["a"]).take(pyarrow.array([0] * 10**7, pyarrow.int8()))
     path = tmp_path / "bomb.parquet"
     parquet.write_table(pyarrow.table({"prompt": rows}), path)
-    assert path.stat().st_size < 10**6
+    assert path.stat().st_size < 10**5
     with pytest.raises(UserError, match="decompression bomb"):
         load_examples(path)
 

@@ -236,11 +236,11 @@ def judge(reward: Reward, judged: Judged) -> list[float]:
     given = reward(judged)
     wanted = f"reward '{reward.name}' must return a list of numbers, one a response"
     if isinstance(given, (str, bytes, Mapping)):
-        raise UserError(f"{wanted}, not {given!r:.80}.")
+        raise UserError(f"{wanted}, not {_shown(given):.80}.")
     try:
         found = list(given)
     except TypeError as error:
-        raise UserError(f"{wanted}, not {given!r:.80}.") from error
+        raise UserError(f"{wanted}, not {_shown(given):.80}.") from error
     if len(found) != len(judged.completions):
         raise UserError(
             f"{wanted}, in order: {len(found)} for {len(judged.completions)} responses."
@@ -248,14 +248,26 @@ def judge(reward: Reward, judged: Judged) -> list[float]:
     return [_number(reward, judged, i, x) for i, x in enumerate(found)]
 
 
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # somebody else's class; an integer of more digits than Python prints
+        return type(value).__name__
+
+
 def _number(reward: Reward, judged: Judged, place: int, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ):  # a tensor of several, a vast integer
         number = math.nan
     if not math.isfinite(number):
         raise UserError(
-            f"reward '{reward.name}' returned {value!r:.40} for response {place} "
+            f"reward '{reward.name}' returned {_shown(value):.40} for response {place} "
             f"({judged.completions[place]!r:.60}). Return a finite number for each."
         )
     return number

@@ -91,7 +91,8 @@ def _run(settings: Mapping[str, Any], before: Callable[[], None]) -> int:
     try:
         torch.set_num_threads(1)
         before()
-        train(resumed({**settings, "resume": True}), reward=reward)
+        own = None if "reward" in settings else reward
+        train(resumed({**settings, "resume": True}), reward=own)
     except UserError as error:
         print("error:", error, file=sys.stderr)
         return 2
@@ -160,23 +161,31 @@ def lost(folder: Path) -> str:
 class Trials:
     """Trials of one method against one undisturbed run."""
 
-    def __init__(self, model: str, data: str, work: Path, method: str, seed: int = 0) -> None:
+    def __init__(
+        self, model: str, data: str, work: Path, method: str, seed: int = 0,
+        before: Callable[[], None] = nothing, **more: Any,
+    ) -> None:  # fmt: skip
         self.model, self.data, self.work, self.method = model, data, work, method
-        self.random = random.Random(f"{method} {seed}")
-        self.whole = work / f"{method}-whole"
+        self.before, self.more = before, more
+        self.name = f"{type(self).__name__}-{method}"
+        self.random = random.Random(f"{self.name} {seed}")
+        self.whole = work / f"{self.name}-whole"
         self.count = 0
         began = time.perf_counter()
-        code = wait(start(config(model, data, self.whole, method)))
+        code = wait(start(config(model, data, self.whole, method, **more), before))
         assert code == 0, f"the undisturbed run of {method} ended with {code}: see {self.whole}.log"
         self.seconds = time.perf_counter() - began
 
-    def _fresh(self) -> dict[str, Any]:
+    def fresh(self) -> dict[str, Any]:
+        """Settings of a run in a folder of its own."""
         self.count += 1
-        return config(self.model, self.data, self.work / f"{self.method}-{self.count}", self.method)
+        output = self.work / f"{self.name}-{self.count}"
+        return config(self.model, self.data, output, self.method, **self.more)
 
-    def _finish(self, kind: str, where: str, settings: Mapping[str, Any]) -> Trial:
+    def finish(self, kind: str, where: str, settings: Mapping[str, Any]) -> Trial:
+        """Resume until it is through, and compare."""
         folder = Path(settings["output"])
-        code = wait(start(settings))
+        code = wait(start(settings, self.before))
         if code:
             return Trial(kind, where, f"resuming ended with {code}: see {folder.name}.log")
         fault = differs(self.whole, folder)
@@ -187,7 +196,7 @@ class Trials:
 
     def at_random(self, times: int = 2) -> Trial:
         """kill -9 at random moments, several times in one run."""
-        settings = self._fresh()
+        settings = self.fresh()
         moments = []
         for _ in range(times):
             moment = self.random.uniform(0, 1.1 * self.seconds)
@@ -196,11 +205,11 @@ class Trials:
             fault = lost(Path(settings["output"]))
             if fault:
                 return Trial("kill -9 at random", ", ".join(moments), fault)
-        return self._finish("kill -9 at random", ", ".join(moments), settings)
+        return self.finish("kill -9 at random", ", ".join(moments), settings)
 
     def at_point(self, point: str, nth: int) -> Trial:
         """kill -9 at the nth time that a place in the writer is reached."""
-        settings = self._fresh()
+        settings = self.fresh()
         code = wait(start(settings, lambda: _at(point, nth, _kill)))
         where = f"{point}, time {nth}"
         if code not in (0, -signal.SIGKILL):
@@ -208,34 +217,32 @@ class Trials:
         fault = lost(Path(settings["output"]))
         if fault:
             return Trial("kill -9 in a write", where, fault)
-        return self._finish("kill -9 in a write", where, settings)
+        return self.finish("kill -9 in a write", where, settings)
 
     def disk_full(self, point: str, nth: int) -> Trial:
         """A write that finds no room is a user's error, and what stood before is whole."""
-        settings = self._fresh()
+        settings = self.fresh()
         code = wait(start(settings, lambda: _at(point, nth, _no_room)))
         where = f"{point}, time {nth}"
         fault = lost(Path(settings["output"])) or ("" if code == 2 else f"ended with {code}")
         return (
-            Trial("full disk", where, fault)
-            if fault
-            else self._finish("full disk", where, settings)
+            Trial("full disk", where, fault) if fault else self.finish("full disk", where, settings)
         )
 
     def file_too_large(self) -> Trial:
         """The system refuses to let files grow."""
-        settings = self._fresh()
+        settings = self.fresh()
         code = wait(start(settings, _small_files))
         fault = "" if code == 2 else f"ended with {code}"
         return (
             Trial("files cannot grow", "4 KiB", fault)
             if fault
-            else self._finish("files cannot grow", "4 KiB", settings)
+            else self.finish("files cannot grow", "4 KiB", settings)
         )
 
     def damaged(self) -> Trial:
         """The newest checkpoint is damaged: the one before is taken."""
-        settings = self._fresh()
+        settings = self.fresh()
         folder = Path(settings["output"])
         wait(start(settings, lambda: _at("renamed", 3, _kill)))
         newest, _ = checkpoint.newest(folder / "checkpoints")
@@ -244,12 +251,12 @@ class Trials:
         try:
             durable.verify(newest)
         except Damaged:
-            return self._finish("damaged checkpoint", where, settings)
+            return self.finish("damaged checkpoint", where, settings)
         return Trial("damaged checkpoint", where, "nobody noticed")
 
     def asked(self, number: int) -> Trial:
         """A signal that asks for an end: saved at the next step, exit code 75."""
-        settings = self._fresh()
+        settings = self.fresh()
         name = signal.Signals(number).name
         moment = self.random.uniform(0, self.seconds)
         code = kill_after(start(settings), moment, number)
@@ -257,7 +264,7 @@ class Trials:
         # before the first update there is nothing to save, and the system ends the process
         if code not in (0, 75, -number):
             return Trial(name, where, f"ended with {code}")
-        return self._finish(name, where, settings)
+        return self.finish(name, where, settings)
 
 
 def _at(point: str, nth: int, act: Callable[[], None]) -> None:

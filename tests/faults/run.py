@@ -1,12 +1,14 @@
 """Faults at full size: `make faults`. Prints a table of faults tried, survived, lost.
 
-python tests/faults/run.py [--kills 200] [--seed 0]
+python tests/faults/run.py [--kills 200] [--cases 10000] [--seed 0]
 """
 
 import argparse
 import json
 import logging
+import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,11 +16,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+_TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(_TESTS / "faults"), str(_TESTS / "fuzz"), str(_TESTS)]
 
 from harness import METHODS, POINTS, STEPS, Trial, Trials  # noqa: E402
+from judges import KINDS, JudgeTrials  # noqa: E402
+from targets import SLOW, TARGETS  # noqa: E402
 
-from conftest import save_tiny_model  # noqa: E402
+from byte_model import save_tiny_model  # noqa: E402
+
+TEST = "test_no_input_breaks_it"
 
 
 def trials(model: str, data: str, work: Path, kills: int, seed: int) -> Iterator[Trial]:
@@ -38,6 +45,38 @@ def trials(model: str, data: str, work: Path, kills: int, seed: int) -> Iterator
         for number in (signal.SIGTERM, signal.SIGUSR1):
             for _ in range(5):
                 yield these.asked(number)
+    yield from judge_trials(JudgeTrials(model, data, work, seed))
+
+
+def judge_trials(judged: JudgeTrials) -> Iterator[Trial]:
+    """A judge's faults, those that pass and those that do not."""
+    for kind in KINDS:
+        for _ in range(4):
+            yield judged.sometimes(kind)
+    for _ in range(20):
+        yield judged.goes_away()
+        yield judged.run_killed()
+    judged.stop()
+
+
+def hostile(cases: int) -> Iterator[tuple[str, int, int]]:
+    """Inputs that must not break what reads them: target, tried, broken."""
+    for name in TARGETS:
+        tried = cases // SLOW.get(name, 1)
+        yield name, tried, _broken(name, tried)
+
+
+def _broken(name: str, cases: int) -> int:
+    """1 if some input of so many breaks the target; the first one ends it."""
+    test = Path(__file__).parent.parent / "fuzz" / "test_fuzz.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"{test}::{TEST}[{name}]"],
+        env={**os.environ, "FUZZ_CASES": str(cases * SLOW.get(name, 1))},
+        capture_output=True, text=True, errors="replace",
+    )  # fmt: skip
+    if done.returncode:
+        print(f"LOST {name}: {done.stdout[-3000:]}", file=sys.stderr)
+    return int(done.returncode != 0)
 
 
 def main() -> int:
@@ -45,6 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=10_000, help="of hostile input, each target")
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     found: dict[str, list[Trial]] = defaultdict(list)
@@ -68,7 +108,12 @@ def main() -> int:
     for kind, several in found.items():
         bad = sum(bool(t.fault) for t in several)
         print(f"| {kind} | {len(several)} | {len(several) - bad} | {bad} |")
-    return int(any(t.fault for several in found.values() for t in several))
+    print("\n| hostile input | tried | broken |\n| --- | --- | --- |")
+    lost = any(t.fault for several in found.values() for t in several)
+    for name, tried, broken in hostile(asked.cases):
+        print(f"| {name} | {tried} | {broken} |", flush=True)
+        lost = lost or bool(broken)
+    return int(lost)
 
 
 if __name__ == "__main__":

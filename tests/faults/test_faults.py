@@ -2,13 +2,15 @@
 
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from harness import Trials  # noqa: E402
+from judges import KINDS, JudgeTrials  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -29,4 +31,25 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(
     name: str, arguments: tuple, runs: Trials
 ) -> None:
     trial = getattr(runs, name)(*arguments)
+    assert not trial.fault, f"{trial.kind} ({trial.where}): {trial.fault}"
+
+
+@pytest.fixture(scope="module")
+def judged(
+    tiny_model: str, pairs_file: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[JudgeTrials]:
+    found = JudgeTrials(tiny_model, pairs_file, tmp_path_factory.mktemp("judged"))
+    yield found
+    found.stop()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_judges_faults_that_pass_change_nothing(kind: str, judged: JudgeTrials) -> None:
+    trial = judged.sometimes(kind)
+    assert not trial.fault, f"{trial.kind} ({trial.where}): {trial.fault}"
+
+
+@pytest.mark.parametrize("name", ["goes_away", "goes_away", "run_killed"])
+def test_a_judge_or_a_run_that_ends_while_it_asks(name: str, judged: JudgeTrials) -> None:
+    trial = getattr(judged, name)()
     assert not trial.fault, f"{trial.kind} ({trial.where}): {trial.fault}"

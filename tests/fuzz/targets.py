@@ -130,7 +130,7 @@ def judge_reply(data: bytes) -> None:
 @functools.cache
 def _tiny() -> Path:
     """A model's folder."""
-    from conftest import save_tiny_model
+    from byte_model import save_tiny_model
 
     return Path(save_tiny_model(_folder / "tiny"))
 
