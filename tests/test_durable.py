@@ -156,3 +156,23 @@ def test_a_bomb_for_a_manifest(text: str, copy: Path) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(Damaged):
         durable.verify(copy)
+
+
+def test_a_sweep_brings_back_what_was_put_aside(tmp_path: Path, monkeypatch) -> None:
+    """Killed between the old one's leaving and the new one's coming."""
+    target = tmp_path / "checkpoints" / "step-1"
+    durable.write_folder(target, lambda work: (work / "a").write_text("old"))
+
+    def crash(point: str) -> None:
+        if point == "aside":
+            raise SystemExit
+
+    monkeypatch.setattr(durable, "reach", crash)
+    with pytest.raises(SystemExit):
+        durable.write_folder(target, lambda work: (work / "a").write_text("new"))
+    assert not target.exists()
+    (tmp_path / ".tmp-x").write_text("unfinished")
+    durable.sweep(tmp_path)
+    durable.verify(target)
+    assert (target / "a").read_text() == "old"
+    assert not list(tmp_path.rglob(".tmp-*"))

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+_UNFINISHED = ".tmp-"
+_ASIDE = f"{_UNFINISHED}old-"
 _FORMAT = 1
 _LARGEST_MANIFEST = 2**20
 """Bytes; a folder of ours has a few files."""
@@ -26,11 +28,16 @@ def reach(point: str) -> None:
     """A named place in the writing of a folder; tests end the process at each of them."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a crash leaves the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file atomically: a crash leaves the old one or the new one.
+
+    Args:
+        errors: as `open` has it, of characters that UTF-8 has no bytes for.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
+        os.chmod(name, 0o644)  # mkstemp's files are the owner's alone
+        with os.fdopen(handle, "w", encoding="utf-8", errors=errors) as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
@@ -40,6 +47,19 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed left unfinished; nobody else may be writing there."""
+    for aside in folder.glob(f"*/{_ASIDE}*"):  # the old one, while there was no new one yet
+        target = aside.with_name(aside.name.removeprefix(_ASIDE))
+        if not target.exists():
+            os.replace(aside, target)
+    for path in (*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"*/{_UNFINISHED}*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Write a folder whole.
 
@@ -47,7 +67,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         fill: writes plain files into the folder it is given.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    work, aside = (target.with_name(f".tmp-{kind}{target.name}") for kind in ("", "old-"))
+    work, aside = (target.with_name(f"{kind}{target.name}") for kind in (_UNFINISHED, _ASIDE))
     for leftover in (work, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()

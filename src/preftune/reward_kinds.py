@@ -258,12 +258,8 @@ def _shown(value: Any) -> str:
 def _number(reward: Reward, judged: Judged, place: int, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-    ):  # a tensor of several, a vast integer
+    # a tensor of several numbers; an integer beyond all floats
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from preftune import plain_yaml
+from preftune import durable, plain_yaml
 from preftune.durable import write_text
 from preftune.errors import UserError
 
@@ -55,6 +55,8 @@ class RunFolder:
     def held(path: Path) -> Iterator[None]:
         """Be the only one that writes into the folder, which is made.
 
+        What a process that was killed there did not finish is removed.
+
         Raises:
             UserError: another process writes there.
         """
@@ -72,6 +74,7 @@ class RunFolder:
             ) from None
         _held.add(place)
         try:
+            durable.sweep(path)
             yield
         finally:
             _held.discard(place)

@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 
 from preftune.data.canonical import COLUMNS, KINDS, Example, Refused, allowed, canonical, kind_of
 from preftune.data.files import Malformed, ending, read_rows
+from preftune.durable import write_text
 from preftune.errors import BadRows, UserError, nearest
 
 _NEEDED = {
@@ -141,16 +140,5 @@ def write_rejected(rejected: Iterable[Rejected], path: str | Path) -> None:
     """Write `{"where", "reason", "row"}`, a line each, or leave the file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for bad in rejected:
-                line = {"where": bad.where, "reason": bad.reason, "row": bad.row}
-                file.write(json.dumps(line, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are the owner's alone
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    rows = ({"where": bad.where, "reason": bad.reason, "row": bad.row} for bad in rejected)
+    write_text(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))

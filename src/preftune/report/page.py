@@ -1,12 +1,12 @@
 """Puts the page together and writes it in one go."""
 
 import json
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
 
+from preftune import durable
 from preftune.errors import UserError
 from preftune.report import tables
 from preftune.report.drawing import Chart
@@ -39,13 +39,8 @@ def write_report(
         raise UserError(f"{output} is a folder: name a file for the page, as {output}/report.html.")
     page = render(read_runs(folders), title=title, note=note)
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".tmp-{os.getpid()}-{output.name}")
-    try:
-        # A lone surrogate (half a character, cut by a token limit) must not cost the whole page.
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # a lone surrogate (half a character, cut by a token limit) must not cost the whole page
+    durable.write_text(output, page, errors="replace")
     return output
 
 
