@@ -18,6 +18,7 @@ HELP = """usage: preftune COMMAND [--help]
   reward       train a Bradley-Terry reward model on preferences
   evaluate     reward, KL, win rate and more of a model on prompts
   sample       responses with log-probs (JSON lines), side by side with --versus
+  diagnose     what reference, data and reward look like, and which method that suggests
   inspect      template, tokens, loss mask and end token of real rows, before any training
   reproduce    the papers' claims, run again: claim, measured, verdict
   report       one HTML page of run folders
@@ -32,7 +33,7 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-_COMPUTING = {"quickstart", "train", "reward", "evaluate", "sample", "reproduce"}
+_COMPUTING = {"quickstart", "train", "diagnose", "reward", "evaluate", "sample", "reproduce"}
 """Commands whose time is that of large tensors."""
 
 
@@ -87,8 +88,8 @@ def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
-        "sample": _sample, "inspect": _inspect, "reproduce": _reproduce, "report": _report,
-        "env": _env,
+        "sample": _sample, "diagnose": _diagnose, "inspect": _inspect,
+        "reproduce": _reproduce, "report": _report, "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
@@ -194,6 +195,12 @@ def _sample(args: list[str]) -> int:
         for row in rows:
             print_json(row)
     return 0
+
+
+def _diagnose(args: list[str]) -> int:
+    from preftune.cli_diagnose import diagnose
+
+    return diagnose(args)
 
 
 def _inspect(args: list[str]) -> int:

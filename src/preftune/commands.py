@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from preftune import automatic, building, huggingface, loading, meanings, methods, spec
+from preftune import automatic, building, loading, meanings, methods, spec
 from preftune.config import Config
 from preftune.data import Renderer, Rows, check_end_token, inspect_rows, trivial_rules
 from preftune.errors import UserError
@@ -64,37 +64,16 @@ def method_row(name: str) -> dict[str, Any]:
     }
 
 
-def model_of(config: Config, name: str) -> tuple[Transformer, Any]:
-    """A model by name, and its tokenizer."""
-    tokenizer = huggingface.load_tokenizer(name)
-    return building.make_policy(
-        config.model_copy(update={"model": name}), None, tokenizer
-    ), tokenizer
-
-
-def prompts_of(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows, Renderer]:
-    """The rows that are answered, and their renderer."""
-    source = config.prompts or config.data
-    if source is None:
-        raise UserError("prompts: give --prompts a file or a Hub id.")
-    renderer = building.make_renderer(config, tokenizer, policy)
-    rows, _, _ = loading.load_rows(
-        source, config, renderer, want="prompts", context=building.context_of(policy.model),
-        reserve=config.max_new_tokens,
-    )  # fmt: skip
-    return rows, renderer
-
-
 def sample(
     config: Config, versus: str | None, tick: Tick = lambda done, total: None
 ) -> list[dict[str, Any]]:
     """Responses with log-probs, one dict each; with `versus`, another model's beside them."""
-    policy, tokenizer = model_of(config, config.model)
-    rows, renderer = prompts_of(config, policy, tokenizer)
+    policy, tokenizer = loading.model_of(config, config.model)
+    rows, renderer = loading.prompts_of(config, policy, tokenizer)
     sides = [_drawn(config, policy, rows, renderer, tick)]
     if versus is not None:
-        other, other_tokenizer = model_of(config, versus)
-        other_rows, other_renderer = prompts_of(config, other, other_tokenizer)
+        other, other_tokenizer = loading.model_of(config, versus)
+        other_rows, other_renderer = loading.prompts_of(config, other, other_tokenizer)
         sides.append(_drawn(config, other, other_rows, other_renderer, tick))
     if versus is None:
         return sides[0]
@@ -140,7 +119,7 @@ def inspect(
     """
     if config.data is None:
         raise UserError("data: give --data a file or a Hub id.")
-    policy, tokenizer = model_of(config, config.model)
+    policy, tokenizer = loading.model_of(config, config.model)
     renderer = building.make_renderer(config, tokenizer, policy)
     rows, report, rejected = loading.load_rows(
         config.data, config, renderer, want="any", context=building.context_of(policy.model)

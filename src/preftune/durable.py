@@ -34,11 +34,16 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     Args:
         errors: as `open` has it, of characters that UTF-8 has no bytes for.
     """
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """The same of bytes."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
     try:
         os.chmod(name, 0o644)  # mkstemp's files are the owner's alone
-        with os.fdopen(handle, "w", encoding="utf-8", errors=errors) as out:
-            out.write(text)
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
             out.flush()
             os.fsync(out.fileno())
         os.replace(name, path)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from preftune import automatic, building, held_out, judges, judging, loading, rewards
-from preftune.commands import model_of, prompts_of
 from preftune.config import Config
 from preftune.data import Renderer, Rows
 from preftune.evaluate import Answers, answer, best_of_n, figures, forward_kl
@@ -109,8 +108,8 @@ def _load(config: Config, tick: Tick) -> _Job:
     gold = judges.make_reward(config.gold, None)
     run = _run_of(config)
     reference_name = config.reference or run.get("reference") or run.get("model")
-    policy, tokenizer = model_of(config, config.model)
-    rows, renderer = prompts_of(config, policy, tokenizer)
+    policy, tokenizer = loading.model_of(config, config.model)
+    rows, renderer = loading.prompts_of(config, policy, tokenizer)
     reference = None
     notes = []
     if reference_name is not None:

@@ -21,6 +21,10 @@ EVALUATE = (
     "micro_batch_tokens",
 )  # fmt: skip
 SAMPLE = (*MODEL, "prompts", *GENERATION, *DATA)
+DIAGNOSE = (
+    *MODEL, "data", "eval_data", "reward", "reward_weights", "label_source", "max_new_tokens",
+    "seed", "output", *DATA, "micro_batch_tokens",
+)  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)
 TRAIN = tuple(name for name in Config.model_fields if name != "terms")
 

@@ -31,6 +31,20 @@ def figures(title: str, found: Mapping[str, Mapping[str, float | None]]) -> None
     table(title, ["figure", "value", "low", "high"], cells)
 
 
+def estimates(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print estimates: a value with its interval, a bound, or why there is neither."""
+
+    def cells(name: str, x: Mapping[str, Any]) -> list[str]:
+        ends = ["" if x[k] is None else f"{x[k]:.4g}" for k in ("low", "high")]
+        if x["trusted"]:
+            return [name, f"{x['value']:.4g}", *ends, ""]
+        why = x.get("note", "").split(":")[0]  # the rest is in --json
+        return [name, "bound" if any(ends) else "cannot tell", *ends, why]
+
+    rows = [cells(name, x) for name, x in found.items()]
+    table("95 % intervals over prompts", ["figure", "value", "low", "high", "why not"], rows)
+
+
 def methods(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of methods with its axes."""
 

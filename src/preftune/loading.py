@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from preftune import building, huggingface
 from preftune.config import Config
 from preftune.data import (
     Rejected,
@@ -17,6 +18,7 @@ from preftune.data import (
 )  # fmt: skip
 from preftune.errors import UserError
 from preftune.method import Method
+from preftune.policies.transformer import Transformer
 from preftune.sources import Offline, Pool, Reference
 
 DEFAULT_MAX_LENGTH = 1024
@@ -147,3 +149,24 @@ def split_off(rows: Rows, count: int, seed: int) -> tuple[list[int], list[int]]:
             break
         held.extend(groups[place])
     return sorted(set(range(len(rows))) - set(held)), held
+
+
+def model_of(config: Config, name: str) -> tuple[Transformer, Any]:
+    """A model by name, and its tokenizer."""
+    tokenizer = huggingface.load_tokenizer(name)
+    return building.make_policy(
+        config.model_copy(update={"model": name}), None, tokenizer
+    ), tokenizer
+
+
+def prompts_of(config: Config, policy: Transformer, tokenizer: Any) -> tuple[Rows, Renderer]:
+    """The rows that are answered, and their renderer."""
+    source = config.prompts or config.data
+    if source is None:
+        raise UserError("prompts: give --prompts a file or a Hub id.")
+    renderer = building.make_renderer(config, tokenizer, policy)
+    rows, _, _ = load_rows(
+        source, config, renderer, want="prompts", context=building.context_of(policy.model),
+        reserve=config.max_new_tokens,
+    )  # fmt: skip
+    return rows, renderer

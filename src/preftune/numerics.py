@@ -161,6 +161,46 @@ def token_collision(
     return torch.cat(out)
 
 
+def token_surprisal(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    target: Int[Tensor, " M"],
+    bias: Float[Tensor, " V"] | None = None,
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """Log-prob of each target, and mean and variance of -log p over the next-token distribution.
+
+    By chunks, in float32 at least, and without a gradient.
+
+    Returns:
+        log-prob and entropy in nats, variance in nats squared.
+    """
+    out = []
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for h, t in _chunks(hidden, weight, target):
+            table = _wide_logits(h, weight, bias).log_softmax(-1)
+            out.append((table.gather(-1, t[:, None]).squeeze(-1), *next_token_moments(table)))
+    logp, entropy, variance = (torch.cat(x) for x in zip(*out, strict=True))
+    return logp, entropy, variance
+
+
+def next_token_moments(
+    logp: Float[Tensor, "*E V"],
+) -> tuple[Float[Tensor, "*E"], Float[Tensor, "*E"]]:
+    """Mean and variance of -log p over a next-token distribution.
+
+    Args:
+        logp: [..., V], nats, normalised, in float32 at least; -inf allowed.
+
+    Returns:
+        entropy [...], nats, and variance [...], nats squared, >= 0.
+    """
+    p = logp.exp()
+    surprisal = torch.where(p > 0, -logp, torch.zeros_like(logp))
+    entropy = (p * surprisal).sum(-1)
+    # about the mean: the difference of two large sums would lose all digits at low entropy
+    return entropy, (p * (surprisal - entropy.unsqueeze(-1)) ** 2).sum(-1)
+
+
 def token_kl(
     hidden: Float[Tensor, "M D"],
     ref_hidden: Float[Tensor, "M D2"],

@@ -84,6 +84,27 @@ def test_equal_plain_forwards(name: str, share: bool) -> None:
     assert float(out["value"][s.mask].std()) > 0.2
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", PATHS)
+def test_survey_equals_plain_forwards(name: str, share: bool) -> None:
+    policy, s = tiny.policy(name, share_prefix=share), tiny.ragged()
+    out = policy.survey(s)
+    assert not any(x[~s.mask].any() for x in (out["logp"], out["entropy"], out["variance"]))
+    for i, k, prompt, response in tiny.unpadded(s):
+        table = tiny.next_log_probs(policy.model, prompt, response)
+        entropy = -(table.exp() * table).sum(-1)
+        expected = {
+            "logp": tiny.plain_log_probs(policy.model, prompt, response),
+            "entropy": entropy,
+            "variance": (table.exp() * table.square()).sum(-1) - entropy.square(),
+        }
+        for key, plain in expected.items():
+            got = out[key][i, k, : len(response)].double()
+            torch.testing.assert_close(got, plain.double(), rtol=0, atol=1e-4)
+        states = plain_states(policy.model, prompt, response).sum(0).float()
+        torch.testing.assert_close(out["hidden"][i, k], states, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["llama", "granite"])
 def test_what_is_not_named_is_not_given(name: str) -> None:
     policy, s = with_values(name), tiny.ragged()

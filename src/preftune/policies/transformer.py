@@ -10,7 +10,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune.errors import UserError
-from preftune.numerics import token_collision, token_kl, token_log_probs
+from preftune.numerics import (
+    next_token_moments,
+    token_collision,
+    token_kl,
+    token_log_probs,
+    token_surprisal,
+)
 from preftune.policies.capabilities import head_is_a_product
 from preftune.policies.packing import Layout
 from preftune.policies.trunk import Trunk
@@ -209,6 +215,36 @@ class Transformer:
             flat = token_kl(hidden, ref_hidden, self._head(), reference._head())
         out = torch.zeros(samples.mask.shape, dtype=flat.dtype)
         return out.masked_scatter(samples.mask, flat.cpu())
+
+    @torch.no_grad()
+    def survey(self, samples: Samples) -> dict[str, Tensor]:
+        """What diagnosis reads off one forward pass.
+
+        logp, entropy, variance   [n, K, T]  of each token: its log-prob, and mean and variance of
+                                             -log p over the distribution that it was drawn from
+        hidden                    [n, K, D]  sum of the last hidden states that predict the tokens
+        """
+        s = samples
+        layout = self.trunk.layout(s.prompt, s.prompt_mask, s.tokens, s.mask)
+        target = s.tokens[s.mask].to(self.device)
+        if self._whole_model:
+            table, hidden = self._whole_log_probs(layout, hidden=True)
+            assert hidden is not None, "asked for"
+            picked = table.gather(-1, target[:, None]).squeeze(-1)
+            moments = (picked, *next_token_moments(table))
+        else:
+            hidden = self.trunk.hidden(layout)
+            weight, bias = self._head()
+            moments = token_surprisal(hidden, weight, target, bias)
+        named = zip(("logp", "entropy", "variance"), moments, strict=True)
+        out = {
+            name: torch.zeros(s.mask.shape, dtype=x.dtype).masked_scatter(s.mask, x.cpu())
+            for name, x in named
+        }
+        owner = s.mask.nonzero() @ torch.tensor([s.mask.shape[1], 1, 0])  # n * K + k of each token
+        wide = hidden.float().cpu()
+        sums = torch.zeros(s.mask[..., 0].numel(), wide.shape[-1]).index_add(0, owner, wide)
+        return out | {"hidden": sums.view(*s.mask.shape[:2], -1)}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Policy.tensors`: the model's weights, tied ones once, then the value head's."""

@@ -1,0 +1,217 @@
+"""`preftune diagnose` on a tiny model: what it measures, resumes, refuses and advises."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from preftune import cli
+from preftune.config import load
+from preftune.diagnosis import cost, job, measure, verdict
+from preftune.diagnosis.pieces import Pieces
+from preftune.diagnosis.reading import DOCUMENTED
+from preftune.errors import UserError
+from preftune.estimators.estimate import Estimate, cannot_tell
+from preftune.policies.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def own_pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Sixty pairs of sixty prompts."""
+    path = tmp_path_factory.mktemp("own") / "pairs.jsonl"
+    rows = (
+        {"prompt": f"Say {n}.", "chosen": f"{n % 7}{n}", "rejected": f"no {n} no {n % 5}"}
+        for n in range(60)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def here_with(tiny_model: str, own_pairs: str, here: Path) -> list[str]:
+    return [
+        "diagnose", "--model", tiny_model, "--data", own_pairs, "--max-new-tokens", "5",
+        "--output", "out",
+    ]  # fmt: skip
+
+
+def read(folder: str = "out") -> dict:
+    return json.loads((Path(folder) / "diagnosis.json").read_text())
+
+
+def test_every_figure_has_its_shape_and_its_meaning(here_with, capsys) -> None:
+    assert cli.run([*here_with, "--reward", "length:min", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == read()
+    assert printed["facts"]["rows"] == 60 and printed["facts"]["prompts"] == 60
+    assert printed["facts"]["label_source"] == "true"
+    known = [name.split("_SIDE")[0].rstrip("QNB") for name in DOCUMENTED]
+    for name, x in printed["figures"].items():
+        assert set(x) - {"note"} == {"value", "low", "high", "trusted"}
+        assert x["trusted"] == (x["value"] is not None)
+        assert x["trusted"] or x["note"], "what is not trusted says why"
+        assert any(name.startswith(k) for k in known), name
+    assert {"surprisal_chosen", "feature_ratio", "reached_chosen", "optimum_kl_1"} <= set(
+        printed["figures"]
+    )
+    for entry in printed["advice"]:
+        assert set(entry) == {"method", "settings", "reason", "cost", "would_change"}
+    assert printed["validated"] is False
+
+
+def test_own_samples_are_not_surprising(here_with, capsys) -> None:
+    assert cli.run([*here_with, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["figures"]
+    own = found["surprisal_own"]
+    assert own["low"] - 0.1 < 0 < own["high"] + 0.1 and abs(own["value"]) < 0.2
+
+
+def test_without_a_reward_nothing_is_said_of_rewards(here_with, capsys) -> None:
+    assert cli.run(here_with) == 0
+    out = capsys.readouterr().out
+    assert "reached_chosen" not in out and "labels: nobody judges fresh samples" in out
+
+
+def test_what_was_measured_is_not_measured_again(here_with, capsys, monkeypatch) -> None:
+    assert cli.run(here_with) == 0
+    first = read()["figures"]
+    count = []
+    original = Transformer.sample
+    monkeypatch.setattr(
+        Transformer, "sample", lambda self, *a, **k: count.append(1) or original(self, *a, **k)
+    )
+    assert cli.run(here_with) == 0
+    assert read()["figures"] == first
+    assert len(count) == 2, "the timing alone, which is done twice"
+    assert cli.run([*here_with, "--seed", "1"]) == 0
+    assert read()["figures"] != first, "another seed draws its own"
+
+
+def test_a_torn_piece_is_made_again(tmp_path: Path) -> None:
+    pieces, index = Pieces(tmp_path, "s"), torch.arange(2)
+    made = pieces.get("a", index, lambda: {"x": torch.ones(2)})
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for torn in (b"", whole[:20], whole[:-1], whole + b"0"):
+        path.write_bytes(torn)
+        again = pieces.get("a", index, lambda: {"x": torch.ones(2)})
+        assert torch.equal(again["x"], made["x"]) and path.read_bytes() == whole
+    assert pieces.found == 0
+    pieces.get("a", index, lambda: {})
+    assert pieces.found == 1
+    other = Pieces(tmp_path, "t").get("a", index, lambda: {"x": torch.zeros(2)})
+    assert not other["x"].any(), "of other settings"
+
+
+def test_a_finished_run_is_measured_against_its_reference(
+    here_with, here, tiny_model, own_pairs, capsys
+) -> None:
+    train = ["train", "--model", tiny_model, "--data", own_pairs, "--method", "dpo"]
+    train += ["--max-steps", "8", "--batch-size", "8", "--learning-rate", "0.01"]
+    assert cli.run([*train, "--output", "run", "--eval-fraction", "0"]) == 0
+    assert cli.run([*here_with, "--policy", "run", "--json"]) == 0
+    found = read()["figures"]
+    assert found["kl"]["low"] > 0 and found["implicit_accuracy"]["value"] > 0.7
+    assert found["gap"]["trusted"]
+    assert found["kl_by_tokens"]["low"] < found["kl"]["high"]
+    still = [*here_with[:-1], "still", "--policy", tiny_model]
+    assert cli.run(still) == 0
+    found = read("still")["figures"]
+    assert found["kl"]["value"] == pytest.approx(0, abs=1e-4)
+    assert found["left_16"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--budget", "soon"], "give a time"),
+        (["--budget", "0m"], "give a time"),
+        (["--policy", "nowhere/at/all"], "no such folder"),
+        (["--data", "nowhere.jsonl"], "no such file"),
+        (["--temperature", "0.5"], "has no use for it"),
+    ],
+)
+def test_mistakes(flags, words, here_with, refused) -> None:
+    given = [a for a in here_with if a not in ("--output", "out")]
+    assert words in refused(*given, *flags)
+
+
+def test_prompts_alone_are_refused(here_with, refused, here) -> None:
+    (here / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    given = [a for a in here_with if a not in ("--output", "out")]
+    message = refused(*given, "--data", "prompts.jsonl", leaves=())
+    assert "prompts alone" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90s", 90), ("10m", 600), ("1h", 3600), ("1.5m", 90), ("30", 30)]
+)
+def test_times(text: str, expected: float) -> None:
+    assert cost.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "m", "-5m", "1d", "1m30s", "inf"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(UserError, match="give a time"):
+        cost.seconds(text)
+
+
+def test_what_fits_a_budget() -> None:
+    speeds = cost.Speeds(row=0.1, prompt=1.0)
+    whole = cost.sizes(None, speeds, 1000, 900, 1)
+    assert (whole.rows, whole.prompts, whole.note) == (cost.ROWS, cost.PROMPTS, "")
+    assert whole.expected == pytest.approx(50 + 200)
+    half = cost.sizes(100, speeds, 1000, 900, 1)
+    assert half.expected <= 100 and half.rows == 250 and half.prompts == 75
+    assert "250 of 500 rows" in half.note and "75 of 200 prompts" in half.note
+    two = cost.sizes(100, speeds, 1000, 900, 2)
+    assert two.prompts == 37, "two policies answer"
+    short = cost.sizes(10, speeds, 1000, 900, 1)
+    assert short.prompts == 0 and "no answers are drawn" in short.note
+    assert cost.sizes(10_000, speeds, 1000, 900, 1).note == ""
+
+
+def figures(**values: float | None) -> dict[str, Estimate]:
+    return {
+        name: cannot_tell("too few")
+        if x is None
+        else Estimate(value=x, low=x - 0.1, high=x + 0.1, trusted=True)
+        for name, x in values.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "source", "first"),
+    [
+        (figures(reached_chosen=0.7, reached_rejected=0.9), "true", "on_policy_dpo"),
+        (figures(reached_chosen=0.7, reached_rejected=0.9), "rm_same", "hypo"),
+        (figures(reached_chosen=0.1, reached_rejected=0.1), "judge", "half_and_half"),
+        (figures(reached_chosen=0.1, reached_rejected=0.1), None, "hypo"),
+        (figures(feature_ratio=1.0), None, "dpo"),
+        (figures(feature_ratio=1.0), "human", "half_and_half"),
+        (figures(feature_ratio=2.0), None, "hypo"),
+        (figures(feature_ratio=1.4), None, None),
+        (figures(feature_ratio=None, reached_chosen=None, reached_rejected=None), "true", None),
+    ],
+)
+def test_rules_of_thumb(found, source, first) -> None:
+    advice = verdict.advise(found, source)
+    assert (advice[0].method if advice else None) == first
+    said = verdict.lines(found, advice, source)
+    assert len(said) <= 10
+    assert said[0].startswith("cannot tell" if first is None else "advice (rules of thumb, not va")
+
+
+def test_pieces_of_unlike_widths_join(tiny_model, own_pairs, here) -> None:
+    settings = load({"model": tiny_model, "data": own_pairs, "max_new_tokens": 5})
+    made, *_ = job._prepare(settings, None)
+    rows = measure.distinct(made, 40)
+    assert len(set(rows.tolist())) == 40
+    whole = measure.data(made, rows)
+    assert whole.mask.shape[:2] == (40, 2)
+    alone = measure.data(made, rows[35:36])
+    width = alone.mask.shape[-1]
+    assert torch.equal(whole.take(torch.tensor([35])).tokens[..., :width], alone.tokens)
+    logp = whole.take(torch.tensor([35])).ref_logps()
+    assert torch.allclose(logp, alone.ref_logps(), atol=1e-4)
