@@ -158,7 +158,7 @@ def test_a_bomb_for_a_manifest(text: str, copy: Path) -> None:
         durable.verify(copy)
 
 
-@pytest.mark.parametrize("size", ["Infinity", "-1", "null", "1e400", '"9"', "[]"])
+@pytest.mark.parametrize("size", ["Infinity", "-1", "null", "1e400", '"x"', "[]"])
 def test_no_size(size: str, copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     text = json.dumps(manifest).replace(str(manifest["files"]["a.txt"]["bytes"]), size, 1)
