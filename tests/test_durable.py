@@ -158,6 +158,15 @@ def test_a_bomb_for_a_manifest(text: str, copy: Path) -> None:
         durable.verify(copy)
 
 
+@pytest.mark.parametrize("size", ["Infinity", "-1", "null", "1e400", '"x"', "[]"])
+def test_no_size(size: str, copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    text = json.dumps(manifest).replace(str(manifest["files"]["a.txt"]["bytes"]), size, 1)
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(Damaged):
+        durable.verify(copy)
+
+
 def test_a_sweep_brings_back_what_was_put_aside(tmp_path: Path, monkeypatch) -> None:
     """Killed between the old one's leaving and the new one's coming."""
     target = tmp_path / "checkpoints" / "step-1"

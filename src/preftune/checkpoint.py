@@ -28,7 +28,7 @@ KEEP = 2
 """Checkpoints besides the best one."""
 _OTHERS = (
     Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-    RecursionError,
+    RecursionError, OverflowError,
 )  # fmt: skip
 """Errors of reading what is not ours."""
 _TENSORS, _PLAIN = "state.safetensors", "state.json"

@@ -16,6 +16,10 @@ MANIFEST = "manifest.json"
 _UNFINISHED = ".tmp-"
 _ASIDE = f"{_UNFINISHED}old-"
 _FORMAT = 1
+_NOT_OURS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError,
+)  # fmt: skip
+"""Errors of reading what we did not write."""
 _LARGEST_MANIFEST = 2**20
 """Bytes; a folder of ours has a few files."""
 
@@ -117,7 +121,7 @@ def verify(folder: Path) -> None:
         listed = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _NOT_OURS as error:
         raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__})") from error
     present = {p.name: p for p in _files(folder) if p.name != MANIFEST}
     if present.keys() != listed.keys():

@@ -244,6 +244,7 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "manifest": [
         b'{"format": 1, "files": {"a": {"bytes": 1, "sha256": "ca978112"}}}',
+        b'{"format": 1, "files": {"a": {"bytes": Infinity, "sha256": "ca978112"}}}',
         b'{"files": {"../a": {}}}', b"[]", b"{",
     ],
     "safetensors": [
