@@ -8,7 +8,7 @@ import torch
 
 from preftune import cli
 from preftune.config import load
-from preftune.diagnosis import cost, job, measure, verdict
+from preftune.diagnosis import cost, job, measure, page, verdict
 from preftune.diagnosis.pieces import Pieces
 from preftune.diagnosis.reading import DOCUMENTED
 from preftune.errors import UserError
@@ -46,12 +46,14 @@ def test_every_figure_has_its_shape_and_its_meaning(here_with, capsys) -> None:
     assert printed == read()
     assert printed["facts"]["rows"] == 60 and printed["facts"]["prompts"] == 60
     assert printed["facts"]["label_source"] == "true"
-    known = [name.split("_SIDE")[0].rstrip("QNB") for name in DOCUMENTED]
     for name, x in printed["figures"].items():
         assert set(x) - {"note"} == {"value", "low", "high", "trusted"}
         assert x["trusted"] == (x["value"] is not None)
         assert x["trusted"] or x["note"], "what is not trusted says why"
-        assert any(name.startswith(k) for k in known), name
+        assert page.meaning(name)
+    assert page.meaning("surprisal_spread_chosen") != page.meaning("surprisal_chosen")
+    assert page.meaning("surprisal_own") == DOCUMENTED["surprisal_own"]
+    assert page.meaning("rank_low_matched_chosen") != page.meaning("rank_low_chosen")
     assert {"surprisal_chosen", "feature_ratio", "reached_chosen", "optimum_kl_1"} <= set(
         printed["figures"]
     )
@@ -186,8 +188,8 @@ def figures(**values: float | None) -> dict[str, Estimate]:
     [
         (figures(reached_chosen=0.7, reached_rejected=0.9), "true", "on_policy_dpo"),
         (figures(reached_chosen=0.7, reached_rejected=0.9), "rm_same", "hypo"),
-        (figures(reached_chosen=0.1, reached_rejected=0.1), "judge", "half_and_half"),
-        (figures(reached_chosen=0.1, reached_rejected=0.1), None, "hypo"),
+        (figures(reached_chosen=0.05, reached_rejected=0.08), "judge", "half_and_half"),
+        (figures(reached_chosen=0.05, reached_rejected=0.08), None, "hypo"),
         (figures(feature_ratio=1.0), None, "dpo"),
         (figures(feature_ratio=1.0), "human", "half_and_half"),
         (figures(feature_ratio=2.0), None, "hypo"),
@@ -215,3 +217,16 @@ def test_pieces_of_unlike_widths_join(tiny_model, own_pairs, here) -> None:
     assert torch.equal(whole.take(torch.tensor([35])).tokens[..., :width], alone.tokens)
     logp = whole.take(torch.tensor([35])).ref_logps()
     assert torch.allclose(logp, alone.ref_logps(), atol=1e-4)
+
+
+def test_the_page_shows_text_as_text(here, tiny_model, capsys) -> None:
+    attack = "</script><script>window.pwned = 1</script>"
+    rows = ({"prompt": f"{attack} {n}", "chosen": f"{n}", "rejected": attack} for n in range(12))
+    (here / f"a{'<b>'}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = ["diagnose", "--model", tiny_model, "--data", "a<b>.jsonl", "--max-new-tokens", "4"]
+    assert cli.run([*args, "--output", "out", "--reward", "length:min"]) == 0
+    page_text = (here / "out" / "diagnosis.html").read_text()
+    assert "<b>.jsonl" not in page_text and "a&lt;b&gt;.jsonl" in page_text
+    assert "window.pwned" not in page_text
+    for name in ("map", "surprisal", "optimum"):
+        assert f'id="chart-{name}"' in page_text

@@ -10,7 +10,7 @@ from preftune.errors import UserError
 
 
 def diagnose(args: Sequence[str]) -> int:
-    """Measure, print the verdict and the figures, write diagnosis.json."""
+    """Measure, print the verdict and the figures, write diagnosis.json and diagnosis.html."""
     from preftune import config, flags, inspecting
     from preftune.progress import Progress, stderr, working
 
@@ -36,7 +36,7 @@ def diagnose(args: Sequence[str]) -> int:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     with working(console, "loading"):
-        from preftune.diagnosis import job, verdict
+        from preftune.diagnosis import job, page, verdict
     with Progress(console) as bar:
         found = job.diagnose(
             settings, policy=own["policy"], budget=own["budget"], tick=bar.tick, note=say
@@ -48,11 +48,14 @@ def diagnose(args: Sequence[str]) -> int:
         "validated": verdict.VALIDATED,
     }
     job.save(whole, output)
-    say(f"written: {output / 'diagnosis.json'}")
+    lines = verdict.lines(found.figures, advice, source)
+    page.write_page(
+        output / "diagnosis.html", found.measured, found.figures, found.facts, whole["data"], lines
+    )
+    say(f"written: {output / 'diagnosis.html'}")
     if own["json"]:
         print_json(whole)
         return 0
     inspecting.estimates(whole["figures"])
-    for line in verdict.lines(found.figures, advice, source):
-        print(line)
+    print("\n".join(lines))
     return 0

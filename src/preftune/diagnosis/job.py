@@ -31,6 +31,7 @@ PROBE = 4
 class Diagnosis:
     """What was found, and of how much."""
 
+    measured: Measured
     figures: Figures
     facts: Mapping[str, Any]
     """Models, rows, prompts and samples taken, label source, seconds expected."""
@@ -43,7 +44,7 @@ class Diagnosis:
         return {
             "figures": {name: x.as_json() for name, x in self.figures.items()},
             "facts": dict(self.facts),
-            "data": _plain(self.health),
+            "data": plain_health(self.health),
             "notes": self.notes,
         }
 
@@ -101,10 +102,12 @@ def diagnose(
         why = cannot_tell("no answers were drawn: " + sizes.note)
         found |= {"surprisal_own": why, "told_apart": why, "feature_ratio": why}
     taken = {"rows": sizes.rows, "prompts": sizes.prompts, "samples_per_prompt": sizes.samples}
-    return Diagnosis(figures=found, facts=facts | taken, health=sound, notes=notes)
+    return Diagnosis(
+        measured=measured, figures=found, facts=facts | taken, health=sound, notes=notes
+    )
 
 
-def _plain(found: Health) -> dict[str, Any]:
+def plain_health(found: Health) -> dict[str, Any]:
     """Data health as plain data."""
     return {
         "rows": found.rows,

@@ -40,23 +40,34 @@ def advise(figures: Mapping[str, Estimate], label_source: str | None) -> list[Ad
     Args:
         label_source: who would judge fresh samples; None: nobody can.
     """
-    chosen, rejected = _value(figures, "reached_chosen"), _value(figures, "reached_rejected")
-    ratio = _value(figures, "feature_ratio")
+    chosen, rejected = _trusted(figures, "reached_chosen"), _trusted(figures, "reached_rejected")
+    ratio = _trusted(figures, "feature_ratio")
     if chosen is not None and rejected is not None:
-        if chosen > STALE:
-            return _stale(chosen, label_source)
-        if chosen < NARROW and rejected < NARROW:
-            return _narrow(chosen, rejected, label_source)
-    if ratio is not None and ratio <= WIDE:
-        return _covered(ratio, label_source)
-    if ratio is not None and ratio >= THIN:
-        return _uncovered(ratio, label_source)
+        if chosen.low > STALE:
+            return _stale(chosen.value, label_source)
+        if chosen.high < NARROW and rejected.high < NARROW:
+            return _narrow(rejected.value, label_source)
+    if ratio is not None and ratio.high < THIN:
+        return _covered(ratio.value, label_source)
+    if ratio is not None and ratio.low > WIDE:
+        return _uncovered(ratio.value, label_source)
     return []
 
 
-def _value(figures: Mapping[str, Estimate], name: str) -> float | None:
-    found = figures.get(name)
-    return found.value if found is not None and found.trusted else None
+@dataclass(frozen=True)
+class _Known:
+    """A trusted estimate: a rule speaks only where the whole interval is on its side."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _trusted(figures: Mapping[str, Estimate], name: str) -> _Known | None:
+    x = figures.get(name)
+    if x is None or x.value is None or x.low is None or x.high is None:
+        return None
+    return _Known(x.value, x.low, x.high)
 
 
 _OFFLINE = "the pairs alone: no samples, no labels"
@@ -110,7 +121,7 @@ def _stale(chosen: float, label_source: str | None) -> list[Advice]:
     return [on_policy, _mixed(reason), _hypo(reason)]
 
 
-def _narrow(chosen: float, rejected: float, label_source: str | None) -> list[Advice]:
+def _narrow(rejected: float, label_source: str | None) -> list[Advice]:
     reason = (
         f"both sides of the pairs are above what the reference says (its samples reach the "
         f"rejected in {rejected:.0%}): they show good against better, and nothing of what it must "
@@ -147,10 +158,7 @@ def lines(
 ) -> list[str]:
     """The verdict in at most ten lines."""
     if not advice:
-        untold = [n for n in ("feature_ratio", "reached_chosen") if _value(figures, n) is None]
-        why = "; ".join(f"{n}: {figures[n].note}" for n in untold if n in figures)
-        between = "" if untold else "the figures lie between the rules"
-        said = [f"cannot tell: {why or between or 'more is needed: answers, or a reward'}"]
+        said = [f"cannot tell: {_why_not(figures)}"]
     else:
         said = [f"advice (rules of thumb, not validated): {advice[0].method}: {advice[0].reason}"]
         said += [f"  else {a.method} ({a.cost})" for a in advice[1:]]
@@ -160,3 +168,15 @@ def lines(
     elif label_source is None:
         said.append("  labels: nobody judges fresh samples; --reward tells who does")
     return said
+
+
+def _why_not(figures: Mapping[str, Estimate]) -> str:
+    found = []
+    for name in ("feature_ratio", "reached_chosen", "reached_rejected"):
+        known = _trusted(figures, name)
+        if known is not None:
+            found.append(f"{name} {known.value:.2f} [{known.low:.2f}, {known.high:.2f}]")
+        elif name in figures:
+            found.append(f"{name}: {figures[name].note}")
+    across = "; ".join(found) or "no answers were drawn"
+    return f"no rule holds over the whole of the intervals ({across}). More prompts may tell."

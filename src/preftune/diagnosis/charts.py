@@ -1,0 +1,180 @@
+"""What a diagnosis looks like: plain dictionaries for plotly's script."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune.diagnosis.measure import Measured, Surveyed
+from preftune.diagnosis.reading import SIDES
+from preftune.estimators.estimate import Estimate
+from preftune.estimators.surprisal import surprisal_excess
+from preftune.report.drawing import NEUTRAL, PALETTE, Chart
+
+COLOURS = {"the reference's own": NEUTRAL, "chosen": PALETTE[2], "rejected": PALETTE[1]}
+MOST = 2000
+"""Points of a cloud."""
+
+
+def charts(measured: Measured, figures: Mapping[str, Estimate]) -> list[Chart]:
+    """Those that there is something for."""
+    found = [
+        _reward_map(measured), _surprisal(measured), _reach(figures), _optimum(figures),
+        _left(measured),
+    ]  # fmt: skip
+    return [chart for chart in found if chart is not None]
+
+
+def _axis(title: str, **more: Any) -> dict[str, Any]:
+    return {"title": {"text": title}, **more}
+
+
+def _reward_map(measured: Measured) -> Chart | None:
+    """Where the reward sits against the reference's likelihood."""
+    data, drawn = measured.data, measured.drawn
+    if drawn is None or drawn.reward is None:
+        return None
+    centre = drawn.ref_logps().mean(1)
+    x = (drawn.ref_logps() - centre[:, None]).flatten()
+    y = drawn.reward.flatten()
+    traces: list[dict[str, Any]] = [
+        {"type": "histogram2dcontour", "x": _list(x), "y": _list(y), "ncontours": 8,
+         "colorscale": [[0, "rgba(128,128,128,0)"], [1, "rgba(128,128,128,.8)"]],
+         "showscale": False, "name": "the reference's own", "hoverinfo": "skip",
+         "contours": {"coloring": "fill"}, "line": {"width": 0}},
+        _cloud("the reference's own", x, y, opacity=0.35),
+    ]  # fmt: skip
+    if data is not None and data.reward is not None and data.tokens.shape[1] == 2:
+        place = {int(row): i for i, row in enumerate(drawn.row)}
+        both = [(i, place[int(row)]) for i, row in enumerate(data.row) if int(row) in place]
+        mine, theirs = torch.tensor(both, dtype=torch.long).view(-1, 2).unbind(1)
+        at = data.ref_logps()[mine] - centre[theirs][:, None]
+        for k, side in enumerate(SIDES):
+            traces.append(_cloud(side, at[:, k], data.reward[mine, k], opacity=0.8))
+    return Chart(
+        name="map", title="Reward against the reference's likelihood",
+        reading="Each point is a response. Right: likelier than the reference's average answer to "
+        "the prompt; up: better. Good answers far to the left are out of its reach; pairs that "
+        "stand where its own answers do not say little about these.",
+        data=traces,
+        layout={"xaxis": _axis("log p under the reference, less the prompt's mean (nats)"),
+                "yaxis": _axis("reward"), "showlegend": True, "height": 420},
+    )  # fmt: skip
+
+
+def _cloud(name: str, x: Tensor, y: Tensor, opacity: float) -> dict[str, Any]:
+    stride = max(1, -(-len(x) // MOST))
+    return {
+        "type": "scatter", "mode": "markers", "name": name, "x": _list(x[::stride]),
+        "y": _list(y[::stride]),
+        "marker": {"color": COLOURS[name], "size": 5, "opacity": opacity},
+    }  # fmt: skip
+
+
+def _surprisal(measured: Measured) -> Chart | None:
+    if measured.data is None:
+        return None
+    traces: list[dict[str, Any]] = []
+    z = _z(measured.data)
+    sides = SIDES if z.shape[1] == 2 else ("chosen",)
+    for k, side in enumerate(sides):
+        traces.append(_histogram(side, z[:, k]))
+    if measured.drawn is not None:
+        traces.insert(0, _histogram("the reference's own", _z(measured.drawn).flatten()))
+    grid = torch.linspace(-4, 4, 81, dtype=torch.float64)
+    normal = (-0.5 * grid.square()).exp() / math.sqrt(2 * math.pi)
+    traces.append(
+        {"type": "scatter", "mode": "lines", "name": "if they were its own", "x": _list(grid),
+         "y": _list(normal), "line": {"color": PALETTE[0], "dash": "dot"}}
+    )  # fmt: skip
+    return Chart(
+        name="surprisal", title="How strange the responses are to the reference",
+        reading="Surprise beyond what was to be expected, in standard deviations. Around 0: they "
+        "could be its own; to the right: written by somebody else; to the left: tamer than its "
+        "samples (greedy, low temperature).",
+        data=traces,
+        layout={"xaxis": _axis("z", range=[-6, 8]), "yaxis": _axis("density"),
+                "barmode": "overlay", "showlegend": True},
+    )  # fmt: skip
+
+
+def _z(of: Surveyed) -> Tensor:
+    return surprisal_excess(of.ref_logp, of.entropy, of.variance, of.mask)
+
+
+def _histogram(name: str, values: Tensor) -> dict[str, Any]:
+    return {
+        "type": "histogram", "name": name, "x": _list(values), "histnorm": "probability density",
+        "opacity": 0.5, "marker": {"color": COLOURS[name]},
+        "xbins": {"start": -12, "end": 24, "size": 0.5},
+    }  # fmt: skip
+
+
+def _reach(figures: Mapping[str, Estimate]) -> Chart | None:
+    points = [(n, figures[f"reach_of_{n}"]) for n in (1, 2, 4, 8, 16) if f"reach_of_{n}" in figures]
+    points = [(n, x) for n, x in points if x.trusted]
+    if not points:
+        return None
+    return Chart(
+        name="reach", title="Reach of best-of-n",
+        reading="Share of prompts in which the best of n of the reference's answers is as good as "
+        "the chosen response. Low even at 8: the data show what sampling does not find.",
+        data=[_with_ends([n for n, _ in points], [x for _, x in points])],
+        layout={"xaxis": _axis("n", type="log", tickvals=[1, 2, 4, 8, 16]),
+                "yaxis": _axis("share of prompts", range=[0, 1.05])},
+    )  # fmt: skip
+
+
+def _optimum(figures: Mapping[str, Estimate]) -> Chart | None:
+    start = "optimum_kl_"
+    found = [(float(n.removeprefix(start)), x) for n, x in figures.items() if n.startswith(start)]
+    trusted = [(b, x) for b, x in found if x.trusted]
+    bounds = [(b, x.low) for b, x in found if not x.trusted and x.low is not None]
+    if not found:
+        return None
+    return Chart(
+        name="optimum", title="How far the optimum is",
+        reading="KL of the best policy from the reference, by how much a nat of KL costs (beta, in "
+        "standard deviations of the reward). Triangles: at least this; the samples cannot tell.",
+        data=[
+            _with_ends([b for b, _ in trusted], [x for _, x in trusted]),
+            {"type": "scatter", "mode": "markers", "name": "at least",
+             "x": [b for b, _ in bounds], "y": [low for _, low in bounds],
+             "marker": {"symbol": "triangle-up", "size": 11, "color": PALETTE[1]}},
+        ],
+        layout={"xaxis": _axis("beta", type="log", tickvals=[b for b, _ in found]),
+                "yaxis": _axis("KL, nats", rangemode="tozero")},
+    )  # fmt: skip
+
+
+def _left(measured: Measured) -> Chart | None:
+    if measured.own is None:
+        return None
+    ratio = measured.own.log_ratio().flatten().sort(descending=True).values
+    share = torch.arange(1, len(ratio) + 1, dtype=torch.float64) / len(ratio)
+    return Chart(
+        name="left", title="How much of the policy the reference does not cover",
+        reading="Share of the policy's own samples that the reference finds at least e^x times "
+        "less likely.",
+        data=[{"type": "scatter", "mode": "lines", "x": _list(ratio), "y": _list(share),
+               "line": {"shape": "hv", "color": PALETTE[0]}}],
+        layout={"xaxis": _axis("log(policy / reference), nats"),
+                "yaxis": _axis("share of samples", range=[0, 1.05])},
+    )  # fmt: skip
+
+
+def _with_ends(x: list[float], estimates: list[Estimate]) -> dict[str, Any]:
+    value = [e.value or 0.0 for e in estimates]
+    high = [(e.high or 0.0) - v for e, v in zip(estimates, value, strict=True)]
+    low = [v - (e.low or 0.0) for e, v in zip(estimates, value, strict=True)]
+    return {
+        "type": "scatter", "mode": "lines+markers", "name": "measured", "x": x, "y": value,
+        "line": {"color": PALETTE[0]},
+        "error_y": {"type": "data", "symmetric": False, "array": high, "arrayminus": low},
+    }  # fmt: skip
+
+
+def _list(values: Tensor) -> list[float | None]:
+    return [round(v, 5) if math.isfinite(v) else None for v in values.tolist()]
