@@ -124,6 +124,22 @@ def test_a_finished_run_is_measured_against_its_reference(
     assert found["left_16"]["value"] == 0
 
 
+def test_what_a_trainer_left_is_read(here_with, here, tiny_model) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model, here / "trl")
+    (here / "trl" / "checkpoint-20").mkdir()
+    log = [{"loss": 0.69, "step": 10}, {"loss": 0.5, "rewards/accuracies": 0.75, "step": 20}]
+    state = {"global_step": 20, "log_history": [*log, {"train_runtime": 1.0}]}
+    (here / "trl" / "checkpoint-20" / "trainer_state.json").write_text(json.dumps(state))
+    assert cli.run([*here_with, "--policy", "trl"]) == 0
+    facts = read()["facts"]
+    assert facts["trained_steps"] == 20 and facts["loss"] == 0.5
+    assert facts["rewards/accuracies"] == 0.75
+    (here / "trl" / "trainer_state.json").write_text("[" * 5000)
+    assert cli.run([*here_with, "--policy", "trl"]) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

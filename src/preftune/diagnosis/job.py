@@ -13,7 +13,7 @@ from preftune.config import Config
 from preftune.data import Renderer, Rows
 from preftune.data.findings import Health, warnings
 from preftune.data.health import health
-from preftune.diagnosis import cost, measure
+from preftune.diagnosis import cost, measure, trainer
 from preftune.diagnosis.measure import Job, Measured
 from preftune.diagnosis.pieces import Pieces
 from preftune.diagnosis.reading import Figures, figures
@@ -161,7 +161,8 @@ def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], l
     )  # fmt: skip
     told = judges.label_source(reward, config.data)
     facts = {
-        "model": config.model, "policy": policy, "data": config.data, "kind": rows.kind,
+        "model": config.model, "policy": policy, **trainer.left(policy),
+        "data": config.data, "kind": rows.kind,
         "reward": None if reward is None else reward.name,
         "label_source": config.label_source or told,
     }  # fmt: skip
