@@ -14,7 +14,7 @@ from fake_judge import Judge
 from preftune import judge_server, train
 from preftune.errors import UserError
 from preftune.judging import JudgeAnswers
-from preftune.training import resumed
+from preftune.resuming import resumed
 from test_training import same, timeless
 
 

@@ -23,10 +23,11 @@ from preftune.fingerprint import of_weights
 from preftune.labellers import Demonstration
 from preftune.parts import Parts, make_settings, make_world, prepare
 from preftune.reference_cache import attach, obstacle, text_settings
+from preftune.resuming import resumed
 from preftune.rounds import World, group_terms, next_minibatch, read, refill, visited
 from preftune.sources import Offline
 from preftune.terms import Term
-from preftune.training import Event, resumed
+from preftune.training import Event
 
 CACHED = ("dpo", "ipo", "kto", "hypo", "half_and_half")
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from preftune import methods, train
 from preftune.errors import GuardStop, Saved, UserError
-from preftune.training import Event, resumed
+from preftune.resuming import resumed
+from preftune.training import Event
 
 ROWS = list(methods.table())
 

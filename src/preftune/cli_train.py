@@ -114,7 +114,7 @@ def _run(
     configs.load(values)  # before torch is loaded, which takes seconds
     console = stderr()
     with working(console, "loading"):
-        from preftune.training import resumed
+        from preftune.resuming import resumed
         from preftune.training import train as run
     with Progress(console) as bar:
         done = run(resumed(values), callbacks=[bar], overrides=overrides)

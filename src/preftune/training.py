@@ -18,6 +18,7 @@ from preftune import (
     huggingface,
     loop,
     reference_cache,
+    resuming,
     reward_evaluation,
     rewards,
 )
@@ -118,7 +119,7 @@ def _train(
     if not RunFolder.is_held(parts.output):  # it is made only now
         held.enter_context(RunFolder.held(parts.output))
         RunFolder.check_free(parts.output)
-    folder = _open_folder(parts, resolved_config(parts, settings))
+    folder = resuming.open_folder(parts, resolved_config(parts, settings))
     _keep_answers(parts, folder)
     evaluate = None
     if parts.held_out is not None:
@@ -151,7 +152,7 @@ def execute(
     tell: Tell,
 ) -> None:
     """Run the loop in a run folder, from its last checkpoint on resume, and save the model."""
-    if parts.config.resume and _finished(folder, settings):
+    if parts.config.resume and resuming.finished(folder, settings):
         tell("note", message=f"{folder.path} is finished")
         return
     _make_blocks(parts, settings, tell)
@@ -162,7 +163,7 @@ def execute(
     state = loop.start(parts.method, world, settings)
     state.identity = identity
     if parts.config.resume:
-        _go_on(state, folder, tell)
+        resuming.go_on(state, folder, lambda message: tell("note", message=message))
     with Signals() as signals:
         hooks = loop.Hooks(
             log=lambda step, metrics: _log(folder, tell, settings.max_steps, step, metrics),
@@ -256,65 +257,6 @@ def _with_known(parts: Parts, world: World, settings: loop.Settings, tell: Tell)
     if world.reference is None and parts.held_out is None:
         parts.reference = None
     return world
-
-
-def resumed(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With `resume`, the settings of the folder's own config.yaml, and what is given besides."""
-    output = values.get("output")
-    if values.get("resume") and output and (Path(output) / "config.yaml").is_file():
-        return {**RunFolder(Path(output)).read_config(), **values}
-    return values
-
-
-def _finished(folder: RunFolder, settings: loop.Settings) -> bool:
-    rows = folder.read("metrics.jsonl")
-    return (
-        bool(rows) and rows[-1]["step"] == settings.max_steps and (folder.path / "model").is_dir()
-    )
-
-
-def _open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
-    """The run folder: a new one, or on resume the one that is there, if its settings agree."""
-    if not (parts.config.resume and (parts.output / "config.yaml").exists()):
-        return RunFolder.create(parts.output, resolved)
-    folder = RunFolder(parts.output)
-    before = folder.read_config()
-    free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
-    free |= {"max_skipped"}
-    free |= {"reference_cache"}  # the same values, up to rounding
-    old, new = _flat(before), _flat(resolved)
-    differs = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
-    if differs:
-        changes = "; ".join(f"{k}: {old.get(k)!r} became {new.get(k)!r}" for k in sorted(differs))
-        raise UserError(
-            f"resume '{parts.output}': the settings differ: {changes}. "
-            "Only the number of steps and logging may."
-        )
-    folder.write_config(resolved)
-    return folder
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested settings by dotted path, so that a difference names the one that changed."""
-    if isinstance(value, Mapping):
-        pairs = [(str(k), v) for k, v in value.items()]
-    elif isinstance(value, list):
-        pairs = [(str(i), v) for i, v in enumerate(value)]
-    else:
-        return {path: value}
-    return {p: x for k, v in pairs for p, x in _flat(v, f"{path}.{k}" if path else k).items()}
-
-
-def _go_on(state: loop.State, folder: RunFolder, tell: Tell) -> None:
-    found, notes = checkpoint.newest(folder.path / "checkpoints")
-    for note in notes:
-        tell("note", message=note)
-    if found is None:
-        tell("note", message=f"{folder.path} holds no checkpoint: starting from step 0")
-    else:
-        checkpoint.load(state, found)
-        tell("note", message=f"going on from {found}")
-    folder.cut_back(state.step if found else -1)
 
 
 def _log(folder: RunFolder, tell: Tell, total: int, step: int, metrics: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from preftune import checkpoint, durable, train
 from preftune.durable import Damaged
 from preftune.errors import Saved, UserError
-from preftune.training import resumed
+from preftune.resuming import resumed
 
 METHODS = ("dpo", "hypo", "ppo", "on_policy_dpo")
 """Data alone; two sources; two passes, a value head; fresh pairs."""

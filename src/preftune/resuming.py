@@ -1,0 +1,71 @@
+"""Going on with a run: its settings, its folder, and where it stood."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from preftune import checkpoint, loop
+from preftune.errors import UserError
+from preftune.parts import Parts
+from preftune.runs import RunFolder
+
+
+def resumed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With `resume`, the settings of the folder's own config.yaml, and what is given besides."""
+    output = values.get("output")
+    if values.get("resume") and output and (Path(output) / "config.yaml").is_file():
+        return {**RunFolder(Path(output)).read_config(), **values}
+    return values
+
+
+def finished(folder: RunFolder, settings: loop.Settings) -> bool:
+    """Whether its last step is logged and its model written."""
+    rows = folder.read("metrics.jsonl")
+    return (
+        bool(rows) and rows[-1]["step"] == settings.max_steps and (folder.path / "model").is_dir()
+    )
+
+
+def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
+    """The run folder: a new one, or on resume the one that is there, if its settings agree."""
+    if not (parts.config.resume and (parts.output / "config.yaml").exists()):
+        return RunFolder.create(parts.output, resolved)
+    folder = RunFolder(parts.output)
+    before = folder.read_config()
+    free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
+    free |= {"max_skipped"}
+    free |= {"reference_cache"}  # the same values, up to rounding
+    old, new = _flat(before), _flat(resolved)
+    differs = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
+    if differs:
+        changes = "; ".join(f"{k}: {old.get(k)!r} became {new.get(k)!r}" for k in sorted(differs))
+        raise UserError(
+            f"resume '{parts.output}': the settings differ: {changes}. "
+            "Only the number of steps and logging may."
+        )
+    folder.write_config(resolved)
+    return folder
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path, so that a difference names the one that changed."""
+    if isinstance(value, Mapping):
+        pairs = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list):
+        pairs = [(str(i), v) for i, v in enumerate(value)]
+    else:
+        return {path: value}
+    return {p: x for k, v in pairs for p, x in _flat(v, f"{path}.{k}" if path else k).items()}
+
+
+def go_on(state: loop.State, folder: RunFolder, note: Callable[[str], None]) -> None:
+    """Put the run back to its newest whole checkpoint, and its logs with it."""
+    found, notes = checkpoint.newest(folder.path / "checkpoints")
+    for message in notes:
+        note(message)
+    if found is None:
+        note(f"{folder.path} holds no checkpoint: starting from step 0")
+    else:
+        checkpoint.load(state, found)
+        note(f"going on from {found}")
+    folder.cut_back(state.step if found else -1)
