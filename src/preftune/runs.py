@@ -115,7 +115,7 @@ class RunFolder:
             raise UserError(f"'{path}' cannot be read: {error}. Restore it.") from error
         if not isinstance(found, dict):
             raise UserError(f"'{path}' holds no settings. Restore it.")
-        return found
+        return {str(name): value for name, value in found.items()}
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file of the folder."""

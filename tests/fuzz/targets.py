@@ -271,7 +271,7 @@ SEEDS: dict[str, list[bytes]] = {
     "run_folder": [
         b'{"step": 1, "loss": 0.5, "kl": 0.1, "seconds": 1}\n{"step": 2, "loss": null}\n',
         b'{"step": 1, "prompt": "<script>", "response": "x", "reward": 1, "tokens": 3}\n',
-        b"method: dpo\nmodel: m\n",
+        b"method: dpo\nmodel: m\n", b'{2, "loss": null}\n',
     ],
     "command_line": _ROWS,
 }  # fmt: skip

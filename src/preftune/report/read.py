@@ -178,7 +178,7 @@ def _read_config(path: Path) -> Row:
     config = _parse(path, plain_yaml.load)
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no settings: a mapping of names to values is expected.")
-    return config
+    return {str(name): value for name, value in config.items()}
 
 
 def _read_evaluation(path: Path) -> dict[str, Estimate]:
