@@ -176,6 +176,8 @@ def test_no_times(text: str) -> None:
 
 
 def test_what_fits_a_budget() -> None:
+    assert cost.left(100, 20) == pytest.approx(72)
+    assert cost.left(10, 20) == 1, "as little as can be"
     speeds = cost.Speeds(row=0.1, prompt=1.0)
     whole = cost.sizes(None, speeds, 1000, 900, 1)
     assert (whole.rows, whole.prompts, whole.note) == (cost.ROWS, cost.PROMPTS, "")

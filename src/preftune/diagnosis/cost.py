@@ -14,6 +14,8 @@ FEWEST = 16
 """Prompts below which a figure's interval says nothing; the tier is left out then."""
 _DATA_SHARE = 0.25
 """Of the budget, for the data: answers cost more a prompt, and say more."""
+_MEASURED = 0.9
+"""Of what is left; the rest is for reading figures off, and for a timing that was lucky."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -28,6 +30,11 @@ def seconds(budget: str) -> float:
     if value <= 0:
         raise UserError(f"budget '{budget}': give a time, as 90s, 10m or 1h.")
     return value
+
+
+def left(budget: float, spent: float) -> float:
+    """Seconds for measuring: what loading and timing took is gone, and figures take some."""
+    return max(1.0, _MEASURED * (budget - spent))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """`preftune diagnose`: load, time, measure what fits the budget, and read the figures off."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,14 +76,15 @@ def diagnose(
             "diagnose needs samples of the reference's own distribution: leave temperature, "
             "top_p, top_k, min_new_tokens and stop as they are."
         )
+    began = time.perf_counter()
     job, facts, notes, sound = _prepare(config, policy)
     notes += warnings(sound)
     for message in notes:
         note(message)
     different = measure.distinct(job, len(job.rows))
-    sizes = cost.sizes(
-        allowed, _speeds(job, different), len(different), len(different), 1 + (policy is not None)
-    )
+    speeds, policies = _speeds(job, different), 1 + (policy is not None)
+    left = None if allowed is None else cost.left(allowed, time.perf_counter() - began)
+    sizes = cost.sizes(left, speeds, len(different), len(different), policies)
     said = f"{sizes.rows} prompts' responses scored, {sizes.prompts} prompts answered "
     note(f"{said}{sizes.samples} times each: about {sizes.expected:.0f} s")
     if sizes.note:
