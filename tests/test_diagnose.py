@@ -179,17 +179,17 @@ def test_what_fits_a_budget() -> None:
     assert cost.left(100, 20) == pytest.approx(72)
     assert cost.left(10, 20) == 1, "as little as can be"
     speeds = cost.Speeds(row=0.1, prompt=1.0)
-    whole = cost.sizes(None, speeds, 1000, 900, 1)
+    whole = cost.sizes(None, speeds, 900, 1)
     assert (whole.rows, whole.prompts, whole.note) == (cost.ROWS, cost.PROMPTS, "")
     assert whole.expected == pytest.approx(50 + 200)
-    half = cost.sizes(100, speeds, 1000, 900, 1)
+    half = cost.sizes(100, speeds, 900, 1)
     assert half.expected <= 100 and half.rows == 250 and half.prompts == 75
     assert "250 of 500 rows" in half.note and "75 of 200 prompts" in half.note
-    two = cost.sizes(100, speeds, 1000, 900, 2)
+    two = cost.sizes(100, speeds, 900, 2)
     assert two.prompts == 37, "two policies answer"
-    short = cost.sizes(10, speeds, 1000, 900, 1)
+    short = cost.sizes(10, speeds, 900, 1)
     assert short.prompts == 0 and "no answers are drawn" in short.note
-    assert cost.sizes(10_000, speeds, 1000, 900, 1).note == ""
+    assert cost.sizes(10_000, speeds, 900, 1).note == ""
 
 
 def figures(**values: float | None) -> dict[str, Estimate]:

@@ -1,7 +1,6 @@
 """`preftune diagnose` on the command line."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ def diagnose(args: Sequence[str]) -> int:
     """Measure, print the verdict and the figures, write diagnosis.json and diagnosis.html."""
     from preftune import config, flags, inspecting
     from preftune.progress import Progress, stderr, working
+    from preftune.runs import unnamed
 
     given, own = flags.parse(
         "diagnose",
@@ -26,7 +26,7 @@ def diagnose(args: Sequence[str]) -> int:
         ],
     )
     if "output" not in given:
-        given["output"] = f"runs/diagnose-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        given["output"] = str(unnamed("diagnose"))
     settings, console = config.load(given), stderr()
     output = Path(str(settings.output))
     if output.is_file():

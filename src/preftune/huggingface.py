@@ -169,9 +169,8 @@ def _check_size(auto: Any, name: str, config: Any) -> None:
     be laid out in memory before anybody noticed."""
     from transformers import AutoConfig
 
-    check_folder(name)
-    tensors, numbers = model_folder.contents(Path(name))
     config = config or _load(AutoConfig, name)
+    tensors, numbers = model_folder.contents(Path(name))
     layers = getattr(config, "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > tensors:
         raise UserError(

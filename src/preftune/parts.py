@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from preftune.methods import SETTINGS, Method
 from preftune.policies.transformer import Transformer
 from preftune.reward_model import RewardModel
 from preftune.rounds import World, updates_per_epoch
+from preftune.runs import unnamed
 
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.05, 200, 64
 
@@ -99,7 +99,7 @@ def prepare(
     if trains:
         _check_needs(config, method, made_reward, data)
         _check_measures(config)
-    output = Path(config.output or f"runs/{method.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+    output = Path(config.output) if config.output else unnamed(method.name)
     if tokenizer is None and (data is not None or config.prompts or model is None):
         tokenizer = huggingface.load_tokenizer(_tokenizer_name(config, model))
     trained = building.make_model(config, model, tokenizer, method)

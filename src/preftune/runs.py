@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def _finite(value: Any) -> Any:
 
 LOCK = ".lock"
 """A file of the folder that its writer holds; the system lets go of it when the process ends."""
+
+
+def unnamed(kind: str) -> Path:
+    """Where a run goes that was given no folder: runs/KIND-TIME."""
+    return Path(f"runs/{kind}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+
+
 JUDGED = "judge.jsonl"
 """A judge's answers."""
 _held: set[str] = set()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune.diagnosis.measure import Measured, Surveyed
+from preftune.diagnosis.measure import Measured, Surveyed, same_prompts
 from preftune.diagnosis.reading import SIDES
 from preftune.estimators.estimate import Estimate
 from preftune.estimators.surprisal import surprisal_excess
@@ -36,8 +36,8 @@ def _reward_map(measured: Measured) -> Chart | None:
     data, drawn = measured.data, measured.drawn
     if drawn is None or drawn.reward is None:
         return None
-    centre = drawn.ref_logps().mean(1)
-    x = (drawn.ref_logps() - centre[:, None]).flatten()
+    logps = drawn.ref_logps()
+    x = (logps - logps.mean(1, keepdim=True)).flatten()
     y = drawn.reward.flatten()
     traces: list[dict[str, Any]] = [
         {"type": "histogram2dcontour", "x": _list(x), "y": _list(y), "ncontours": 8,
@@ -47,12 +47,11 @@ def _reward_map(measured: Measured) -> Chart | None:
         _cloud("the reference's own", x, y, opacity=0.35),
     ]  # fmt: skip
     if data is not None and data.reward is not None and data.tokens.shape[1] == 2:
-        place = {int(row): i for i, row in enumerate(drawn.row)}
-        both = [(i, place[int(row)]) for i, row in enumerate(data.row) if int(row) in place]
-        mine, theirs = torch.tensor(both, dtype=torch.long).view(-1, 2).unbind(1)
-        at = data.ref_logps()[mine] - centre[theirs][:, None]
+        mine, theirs = same_prompts(data, drawn)
+        assert mine.reward is not None, "judged"
+        at = mine.ref_logps() - theirs.ref_logps().mean(1, keepdim=True)
         for k, side in enumerate(SIDES):
-            traces.append(_cloud(side, at[:, k], data.reward[mine, k], opacity=0.8))
+            traces.append(_cloud(side, at[:, k], mine.reward[:, k], opacity=0.8))
     return Chart(
         name="map", title="Reward against the reference's likelihood",
         reading="Each point is a response. Right: likelier than the reference's average answer to "

@@ -60,20 +60,19 @@ class Sizes:
     """What was cut, and why."""
 
 
-def sizes(budget: float | None, speeds: Speeds, rows: int, distinct: int, policies: int) -> Sizes:
+def sizes(budget: float | None, speeds: Speeds, prompts: int, policies: int) -> Sizes:
     """What of the whole is taken.
 
     Args:
         budget: seconds; None takes the whole.
-        rows, distinct: rows of the data, and prompts among them that differ.
+        prompts: of the data, those that differ; a row of each is scored.
         policies: whose answers are drawn: 1, or 2 with a finished policy.
     """
-    most_rows, most_prompts = min(rows, ROWS), min(distinct, PROMPTS)
+    most_rows, most_prompts = min(prompts, ROWS), min(prompts, PROMPTS)
     prompt = speeds.prompt * policies
-    if budget is None:
-        expected = most_rows * speeds.row + most_prompts * prompt
-        return Sizes(rows=most_rows, prompts=most_prompts, expected=expected)
     everything = most_rows * speeds.row + most_prompts * prompt
+    if budget is None:
+        return Sizes(rows=most_rows, prompts=most_prompts, expected=everything)
     share = _DATA_SHARE if everything > budget else 1.0
     taken = max(min(most_rows, FEWEST), min(most_rows, int(share * budget / speeds.row)))
     left = max(0.0, budget - taken * speeds.row)

@@ -84,7 +84,7 @@ def diagnose(
     different = measure.distinct(job, len(job.rows))
     speeds, policies = _speeds(job, different), 1 + (policy is not None)
     left = None if allowed is None else cost.left(allowed, time.perf_counter() - began)
-    sizes = cost.sizes(left, speeds, len(different), len(different), policies)
+    sizes = cost.sizes(left, speeds, len(different), policies)
     said = f"{sizes.rows} prompts' responses scored, {sizes.prompts} prompts answered "
     note(f"{said}{sizes.samples} times each: about {sizes.expected:.0f} s")
     if sizes.note:

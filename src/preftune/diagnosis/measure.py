@@ -75,6 +75,14 @@ class Surveyed:
         return self.hidden / self.lengths().clamp(min=1)[..., None]
 
 
+def same_prompts(data: Surveyed, drawn: Surveyed) -> tuple[Surveyed, Surveyed]:
+    """Both to the prompts that both have, in one order."""
+    places = {int(row): i for i, row in enumerate(data.row)}
+    both = [(places[int(row)], j) for j, row in enumerate(drawn.row) if int(row) in places]
+    mine, theirs = torch.tensor(both, dtype=torch.long).view(-1, 2).unbind(1)
+    return data.take(mine), drawn.take(theirs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """All that figures are read off; None where it was not asked for, or there is nothing."""

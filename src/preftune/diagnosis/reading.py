@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from preftune.diagnosis.measure import Measured, Surveyed
+from preftune.diagnosis.measure import Measured, Surveyed, same_prompts
 from preftune.estimators import displacement, divergence, misalignment, ranks, surprisal, tilt
 from preftune.estimators.estimate import Estimate, mean, share
 from preftune.estimators.features import feature_ratio
@@ -71,7 +70,7 @@ def figures(measured: Measured, seed: int = 0) -> Figures:
     if drawn is not None:
         found["surprisal_own"] = _surprisal(drawn, slice(None), seed).mean
     if data is not None and drawn is not None:
-        found |= _against_samples(*_same_prompts(data, drawn), seed)
+        found |= _against_samples(*same_prompts(data, drawn), seed)
     if drawn is not None and drawn.reward is not None:
         found |= _of_reward(data, drawn, seed)
     if own is not None:
@@ -114,14 +113,6 @@ def _of_data(data: Surveyed, seed: int) -> Figures:
     return found
 
 
-def _same_prompts(data: Surveyed, drawn: Surveyed) -> tuple[Surveyed, Surveyed]:
-    """Both to the prompts that both have, in one order."""
-    places = {int(row): i for i, row in enumerate(data.row)}
-    both = [(places[int(row)], j) for j, row in enumerate(drawn.row) if int(row) in places]
-    mine, theirs = torch.tensor(both, dtype=torch.long).view(-1, 2).unbind(1)
-    return data.take(mine), drawn.take(theirs)
-
-
 def _against_samples(data: Surveyed, drawn: Surveyed, seed: int) -> Figures:
     """Tier 1: the data's responses among the reference's own samples to the same prompts."""
     found: Figures = {}
@@ -147,7 +138,7 @@ def _of_reward(data: Surveyed | None, drawn: Surveyed, seed: int) -> Figures:
     assert drawn.reward is not None, "asked for"
     found: Figures = {}
     if data is not None and data.reward is not None and data.reward.shape[1] == 2:
-        mine, theirs = _same_prompts(data, drawn)
+        mine, theirs = same_prompts(data, drawn)
         assert mine.reward is not None and theirs.reward is not None, "judged alike"
         if len(mine.row):
             chosen, rejected = mine.reward.unbind(1)
@@ -159,8 +150,10 @@ def _of_reward(data: Surveyed | None, drawn: Surveyed, seed: int) -> Figures:
     found |= {"spearman": tied.spearman, "spearman_at_length": tied.partial}
     found["peak_depth"] = tied.peak_depth
     spread = reward_spread(drawn.reward)
-    for beta in BETAS if spread > 0 else ():
-        optimum = tilt.target_tilt(drawn.reward, beta * spread, seed)
+    if spread == 0:
+        return found
+    curve = tilt.tilt_curve(drawn.reward, [beta * spread for beta in BETAS], seed)
+    for beta, optimum in zip(BETAS, curve, strict=True):
         found[f"optimum_kl_{beta:g}"] = optimum.kl
         found[f"optimum_log_c_{beta:g}"] = optimum.log_c
     return found
@@ -191,7 +184,7 @@ def _of_policy(data: Surveyed | None, own: Surveyed, seed: int) -> Figures:
         "log_ratio_rejected": mean(rejected[:, None], seed),
         "implicit_accuracy": share(wins(chosen, rejected)[:, None], seed),
     }
-    mine, theirs = _same_prompts(data, own)
+    mine, theirs = same_prompts(data, own)
     if len(mine.row):
         chosen, rejected = mine.log_ratio().unbind(1)
         ref = theirs.ref_logps()

@@ -79,28 +79,36 @@ _SAME = (
 )
 
 
-def _hypo(reason: str) -> Advice:
-    return Advice(
-        method="hypo", settings={"beta": 0.1, "weight": 0.005}, reason=reason, cost=_SAMPLES,
-        would_change="a label source of its own for fresh samples (then half_and_half); a KL that "
-        "target_kl holds already",
-    )  # fmt: skip
+_OFFERS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "hypo": (
+        {"beta": 0.1, "weight": 0.005}, _SAMPLES,
+        "a label source of its own for fresh samples (then half_and_half); a KL that target_kl "
+        "holds already",
+    ),
+    "half_and_half": (
+        {"beta": 0.1}, _LABELS,
+        "labels dearer than what they bring; a label source that is trained on these pairs "
+        "(rm_same)",
+    ),
+    "dpo": (
+        {"beta": 0.1}, _OFFLINE,
+        "in training: log_ratio_chosen and log_ratio_rejected falling together, or the KL growing "
+        "while the accuracy of held-out pairs does not (then hypo)",
+    ),
+    "on_policy_dpo": ({"beta": 0.1}, _LABELS, "other data, above what the reference says"),
+    "chi_po": ({"beta": 0.1}, _OFFLINE, "samples of the policy at hand (then hypo)"),
+}  # fmt: skip
+"""Settings, what it costs, and what would change the advice."""
 
 
-def _mixed(reason: str) -> Advice:
-    return Advice(
-        method="half_and_half", settings={"beta": 0.1}, reason=reason, cost=_LABELS,
-        would_change="labels dearer than what they bring; a label source that is trained on these "
-        "pairs (rm_same)",
-    )  # fmt: skip
-
-
-def _dpo(reason: str) -> Advice:
-    return Advice(
-        method="dpo", settings={"beta": 0.1}, reason=reason, cost=_OFFLINE,
-        would_change="in training: log_ratio_chosen and log_ratio_rejected falling together, or "
-        "the KL growing while the accuracy of held-out pairs does not (then hypo)",
-    )  # fmt: skip
+def _offers(reason: str, *methods: str) -> list[Advice]:
+    found = []
+    for method in methods:
+        settings, cost, change = _OFFERS[method]
+        found.append(
+            Advice(method=method, settings=settings, reason=reason, cost=cost, would_change=change)
+        )
+    return found
 
 
 def _fresh(label_source: str | None) -> bool:
@@ -113,12 +121,8 @@ def _stale(chosen: float, label_source: str | None) -> list[Advice]:
         "data are behind it"
     )
     if not _fresh(label_source):
-        return [_hypo(f"{reason}; {_SAME}")]
-    on_policy = Advice(
-        method="on_policy_dpo", settings={"beta": 0.1}, reason=reason, cost=_LABELS,
-        would_change="other data, above what the reference says",
-    )  # fmt: skip
-    return [on_policy, _mixed(reason), _hypo(reason)]
+        return _offers(f"{reason}; {_SAME}", "hypo")
+    return _offers(reason, "on_policy_dpo", "half_and_half", "hypo")
 
 
 def _narrow(rejected: float, label_source: str | None) -> list[Advice]:
@@ -127,12 +131,8 @@ def _narrow(rejected: float, label_source: str | None) -> list[Advice]:
         f"rejected in {rejected:.0%}): they show good against better, and nothing of what it must "
         "stop saying. Plain DPO was worst there, though such data cover the optimum best"
     )
-    conservative = Advice(
-        method="chi_po", settings={"beta": 0.1}, reason=reason, cost=_OFFLINE,
-        would_change="samples of the policy at hand (then hypo)",
-    )  # fmt: skip
-    first = [_mixed(reason)] if _fresh(label_source) else []
-    return [*first, _hypo(reason), conservative]
+    first = ["half_and_half"] if _fresh(label_source) else []
+    return _offers(reason, *first, "hypo", "chi_po")
 
 
 def _covered(ratio: float, label_source: str | None) -> list[Advice]:
@@ -140,8 +140,8 @@ def _covered(ratio: float, label_source: str | None) -> list[Advice]:
         f"the reference's own differences are {ratio:.2f} times the pairs' where the pairs are "
         "thin: the pairs cover what it does"
     )
-    offline = _dpo(reason)
-    return [_mixed(reason), offline] if _fresh(label_source) else [offline, _hypo(reason)]
+    methods = ("half_and_half", "dpo") if _fresh(label_source) else ("dpo", "hypo")
+    return _offers(reason, *methods)
 
 
 def _uncovered(ratio: float, label_source: str | None) -> list[Advice]:
@@ -149,8 +149,8 @@ def _uncovered(ratio: float, label_source: str | None) -> list[Advice]:
         f"the reference's own differences are {ratio:.2f} times the pairs' where the pairs are "
         "thin: what a policy does there, the labels do not say"
     )
-    first = [_mixed(reason)] if _fresh(label_source) else []
-    return [*first, _hypo(reason)]
+    first = ["half_and_half"] if _fresh(label_source) else []
+    return _offers(reason, *first, "hypo")
 
 
 def lines(
