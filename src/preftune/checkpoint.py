@@ -23,6 +23,7 @@ from preftune.errors import GuardStop, UserError
 from preftune.loop import State
 from preftune.rounds import Group, Round
 from preftune.samples import Batch, Samples
+from preftune.stopping import Plateau
 
 KEEP = 2
 """Checkpoints besides the best one."""
@@ -85,6 +86,7 @@ def _collect(run: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "warned": sorted(run.warned),
         "skipped": run.skipped,
         "best": run.best,
+        "plateau": asdict(run.plateau),
         "first_entropy": run.first_entropy,
         "pending": run.pending,
         "micro_batch_tokens": run.world.micro_batch_tokens,
@@ -181,6 +183,7 @@ def _restore(run: State, tensors: dict[str, Tensor], plain: Mapping[str, Any]) -
     run.seconds, run.warned = plain["seconds"], set(plain["warned"])
     run.skipped, run.first_entropy = plain["skipped"], plain["first_entropy"]
     run.best = tuple(plain["best"]) if plain["best"] else None
+    run.plateau = Plateau(**plain["plateau"])
     run.pending = plain["pending"]
     run.world = replace(run.world, micro_batch_tokens=plain["micro_batch_tokens"])
     with torch.no_grad():

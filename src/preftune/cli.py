@@ -19,6 +19,7 @@ HELP = """usage: preftune COMMAND [--help]
   evaluate     reward, KL, win rate and more of a model on prompts
   sample       responses with log-probs (JSON lines), side by side with --versus
   diagnose     what reference, data and reward look like, and which method that suggests
+  advise-study what that suggestion is worth, on problems drawn or given
   inspect      template, tokens, loss mask and end token of real rows, before any training
   reproduce    the papers' claims, run again: claim, measured, verdict
   report       one HTML page of run folders
@@ -33,7 +34,9 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-_COMPUTING = {"quickstart", "train", "diagnose", "reward", "evaluate", "sample", "reproduce"}
+_COMPUTING = {
+    "quickstart", "train", "diagnose", "advise-study", "reward", "evaluate", "sample", "reproduce",
+}  # fmt: skip
 """Commands whose time is that of large tensors."""
 
 
@@ -88,7 +91,8 @@ def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
-        "sample": _sample, "diagnose": _diagnose, "inspect": _inspect,
+        "sample": _sample, "diagnose": _diagnose, "advise-study": _advise_study,
+        "inspect": _inspect,
         "reproduce": _reproduce, "report": _report, "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
@@ -104,6 +108,12 @@ def _dispatch(args: list[str]) -> int:
             f"command '{args[0]}' is unknown.{nearest(args[0], commands)} See preftune --help."
         )
     return commands[args[0]](args[1:])
+
+
+def _advise_study(args: list[str]) -> int:
+    from preftune.cli_advise import advise_study
+
+    return advise_study(args)
 
 
 def _quickstart(args: list[str]) -> int:
@@ -124,6 +134,7 @@ def _quickstart(args: list[str]) -> int:
         title = "Held-out prompts, 95 % intervals over prompts; this run only (one training seed)"
         inspecting.table(title, *quickstart.cells(rows))
         print(quickstart.NOTE)
+        print(f"before training: {Path(own['output']) / 'diagnosis.html'}")
         print(f"report: {Path(own['output']) / 'report.html'}")
     return 0
 

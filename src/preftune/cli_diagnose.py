@@ -7,6 +7,8 @@ from typing import Any
 from preftune.cli_train import JSON, print_json
 from preftune.errors import UserError
 
+UNIT = "in units of training on one response"
+
 
 def diagnose(args: Sequence[str]) -> int:
     """Measure, print the verdict and the figures, write diagnosis.json and diagnosis.html."""
@@ -22,6 +24,8 @@ def diagnose(args: Sequence[str]) -> int:
         [
             ("policy", str | None, None, "a finished run or model, measured against --model"),
             ("budget", str | None, None, "time that it may take: 90s, 10m, 1h (default: all)"),
+            ("label_price", float | None, None, f"of a fresh response's label, {UNIT}"),
+            ("spend", float | None, None, f"on training in all, {UNIT} (default: 3 epochs)"),
             JSON,
         ],
     )
@@ -36,26 +40,24 @@ def diagnose(args: Sequence[str]) -> int:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     with working(console, "loading"):
-        from preftune.diagnosis import job, page, verdict
+        from preftune.advising import verdict
+        from preftune.diagnosis import job, page
     with Progress(console) as bar:
         found = job.diagnose(
             settings, policy=own["policy"], budget=own["budget"], tick=bar.tick, note=say
         )
-    source = found.facts["label_source"]
-    advice = verdict.advise(found.figures, source)
-    whole: dict[str, Any] = found.as_json() | {
-        "advice": [a.as_json() for a in advice],
-        "validated": verdict.VALIDATED,
-    }
+    advised = verdict.advise(found, settings.beta, own["label_price"], own["spend"])
+    whole: dict[str, Any] = found.as_json() | advised.as_json()
     job.save(whole, output)
-    lines = verdict.lines(found.figures, advice, source)
+    lines = verdict.lines(advised)
     page.write_page(
-        output / "diagnosis.html", found.measured, found.figures, found.facts, whole["data"], lines
-    )
+        output / "diagnosis.html", found.measured, found.figures, found.facts, whole["data"],
+        lines, note=verdict.validated(),
+    )  # fmt: skip
     say(f"written: {output / 'diagnosis.html'}")
     if own["json"]:
         print_json(whole)
         return 0
     inspecting.estimates(whole["figures"])
-    print("\n".join(lines))
+    print("\n".join([*lines, verdict.validated()]))
     return 0

@@ -109,6 +109,9 @@ class Config(Strict):
     target_kl: float | None = Field(
         None, gt=0, description="budget of reverse KL, nats: KL weights and coefficients follow it"
     )
+    patience: int | None = Field(
+        None, ge=1, description="windows of 25 updates without a higher mean reward, then it ends"
+    )
     max_weight: float | None = Field(None, gt=0, description="largest weight of RWR")
     baseline: Literal["none", "batch", "prompt", "leave_one_out", "running", "value"] | None = (
         Field(None, description="what is taken off a reward before the gradient")

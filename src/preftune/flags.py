@@ -23,7 +23,7 @@ EVALUATE = (
 SAMPLE = (*MODEL, "prompts", *GENERATION, *DATA)
 DIAGNOSE = (
     *MODEL, "data", "eval_data", "reward", "reward_weights", "label_source", "max_new_tokens",
-    "seed", "output", *DATA, "micro_batch_tokens",
+    "seed", "output", *DATA, "micro_batch_tokens", "beta",
 )  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)
 TRAIN = tuple(name for name in Config.model_fields if name != "terms")

@@ -22,6 +22,7 @@ from preftune.method import Method
 from preftune.optimizer import Optimizer, make
 from preftune.phases import Recorder, phase, recording
 from preftune.rounds import Group, World, group_terms
+from preftune.stopping import Plateau
 
 Metrics = dict[str, Any]
 
@@ -78,6 +79,8 @@ class State:
     best: tuple[int, float] | None = None
     """Step and value of `best_by`, negative where less is better."""
     first_entropy: float | None = None
+    plateau: Plateau = field(default_factory=Plateau)
+    """Of the reward, where the row has patience."""
     pending: Metrics | None = None
     """Figures of the last update, while it is not evaluated and logged."""
     identity: dict[str, str] = field(default_factory=dict)
@@ -269,14 +272,22 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
         found = hooks.evaluate(0)
         _judged_by(settings, found)
         hooks.log(0, found)
-    while run.pending is not None or run.step < settings.max_steps:
+    while run.pending is not None or not at_end(run, settings):
         if run.pending is None:
-            run.pending = update(run, settings, measure=_is_logged(run.step + 1, settings))
+            measure = _is_logged(run.step + 1, settings) or run.method.patience is not None
+            run.pending = update(run, settings, measure=measure)
+            run.plateau = run.plateau.after(run.pending.get("reward"))
             for message in health.warnings(run, run.pending):
                 hooks.warn(message)
         _after(run, settings, hooks, run.pending)
         if hooks.stop():
             return
+
+
+def at_end(run: State, settings: Settings) -> bool:
+    """At its last step, or at a plateau that a row with patience ends on. Runs of a study have
+    rewards of their own, and none ends before the others."""
+    return run.step >= settings.max_steps or run.plateau.reached(run.method.patience)
 
 
 def _is_logged(step: int, settings: Settings) -> bool:
@@ -285,13 +296,18 @@ def _is_logged(step: int, settings: Settings) -> bool:
 
 def _after(run: State, settings: Settings, hooks: Hooks, metrics: Metrics) -> None:
     """What follows an update: evaluation, which may fail and be repeated, the log, a checkpoint."""
-    step, last = run.step, run.step == settings.max_steps
+    step, last = run.step, at_end(run, settings)
     better = False
     if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
         found = hooks.evaluate(step)
         better = _is_best(run, settings, found)
         metrics = metrics | found
-    if _is_logged(step, settings):
+    if step < settings.max_steps and last:
+        metrics = metrics | {"ended": "plateau"}
+        hooks.warn(
+            f"step {step}: the reward of samples no longer rises, so the run ends (patience)"
+        )
+    if _is_logged(step, settings) or last:
         hooks.log(step, metrics)
     run.pending = None
     due = settings.save_every and (step % settings.save_every == 0 or last)

@@ -51,6 +51,7 @@ DOCUMENTED = {
     "staleness": "optimizer steps since these samples were drawn",
     "entropy": "mean -log-prob of a token of these samples at collection, nats (of samples at "
     "temperature 1: the policy's entropy)",
+    "ended": "of the last row of a run that ended before its last step: plateau (patience)",
     "updates_not_finite": "updates left out so far, not being finite (max_skipped)",
     "ratio_mean": "mean over tokens of policy now / policy at collection",
     "ratio_max": "the largest of these",

@@ -30,6 +30,9 @@ class Method:
     """Of the moving average, an update."""
     target_kl: float | None = None
     """Budget of reverse KL, nats, that the KL terms and coefficients are moved to hold."""
+    patience: int | None = None
+    """The run ends where the mean reward of fresh samples has not risen for so many windows (of
+    `stopping.WINDOW` updates); None: at its last step."""
     paper: str = ""
     equation: str = ""
     summary: str = ""
@@ -130,6 +133,7 @@ def _pushes_down(term: Term) -> bool:
 SETTINGS = (
     "beta", "tau", "weight", "clip", "baseline", "label_smoothing", "kl", "max_weight",
     "prompts_per_round", "samples_per_prompt", "passes", "unit", "target_kl", "reference_update",
+    "patience",
 )  # fmt: skip
 """Flat settings: each sets the field of that name in every term that has it."""
 _CURES = {"beta": "tau", "tau": "beta"}
@@ -142,7 +146,7 @@ def configure(method: Method, settings: Mapping[str, Any]) -> Method:
         UserError: a setting that no term of the row has.
     """
     for name, value in settings.items():
-        if name in ("target_kl", "reference_update"):
+        if name in ("target_kl", "reference_update", "patience"):
             method = replace(method, **{name: value})
             continue
         terms = tuple(_with_setting(t, name, value) for t in method.terms)
@@ -208,6 +212,15 @@ def check(method: Method, decoding: Decoding, batch_size: int) -> None:
             "Leave it out."
         )
     _check_budget(method, decoding)
+    if method.patience is not None and not _judges_fresh(method):
+        raise UserError(
+            f"patience: the method '{method.name}' has no rewards of fresh samples to watch. "
+            "Leave it out, or stop by best_by."
+        )
+
+
+def _judges_fresh(method: Method) -> bool:
+    return any(t.source.on_policy and "reward" in t.needs for t in method.terms)
 
 
 def _check_fresh(term: Term, update: int, decoding: Decoding) -> None:

@@ -54,6 +54,7 @@ _GENERALISED = Advantage(baseline="value", whiten="round", kl=0.05)
 _OWN = Pool(members=(_CHOSEN, OnPolicy(samples_per_prompt=1, passes=2)))
 _WITH_REFERENCE = Pool(members=(OnPolicy(samples_per_prompt=1), Reference(samples_per_prompt=1)))
 _GROUP = OnPolicy(samples_per_prompt=8)
+_ONCE = OnPolicy(samples_per_prompt=2)
 _H = "h = log π/π_ref"
 
 # Rows of the two papers.
@@ -231,6 +232,17 @@ _BEYOND = (
               unit="token"),
         _term(_GROUP, Unlabelled(baseline="none"), o.kl_loss, estimator="k3", level="token",
               unit="token", weight=0.04),
+    ),
+    _row(
+        "auto", "half_and_half under a KL budget; near SIMPLEMIX, arXiv 2505.02363",
+        "½ DPO on the given pairs + ½ DPO on ranked fresh samples + λ KL(π‖π_ref), λ so that KL "
+        "stays at target_kl",
+        "half given pairs and half fresh ones, held at a KL budget; ends when the reward no longer "
+        "rises", _CONTRAST,
+        _term(_PAIRS, _GIVEN, o.dpo, beta=0.1, weight=0.5, share=0.5),
+        _term(_ONCE, _RANKED, o.dpo, beta=0.1, weight=0.5, share=0.5),
+        _term(_ONCE, Unlabelled(), o.reverse_kl, weight=Times(0.05, "beta"), share=0.5),
+        target_kl=10.0, patience=3,
     ),
     _row(
         "reward", "Ouyang et al. 2022, arXiv 2203.02155 equation 1",

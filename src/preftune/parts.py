@@ -359,6 +359,7 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
         "terms": spec.to_data(parts.method),
         "reference_update": parts.method.reference_update,
         **({"target_kl": parts.method.target_kl} if parts.method.target_kl else {}),
+        **({"patience": parts.method.patience} if parts.method.patience else {}),
         **flat,
         **({"reward": reward} if reward else {}),
         **({"label_source": judged_by} if judged_by else {}),

@@ -1,5 +1,5 @@
-"""The main job on what ships with the package: evaluate the reference, train three methods on the
-same pairs, compare them on held-out prompts, write one page.
+"""The main job on what ships with the package: look at the pairs with the reference, evaluate it,
+train three methods on the same pairs, compare them on held-out prompts, write one page.
 """
 
 import shutil
@@ -12,6 +12,8 @@ from typing import Any
 
 from preftune import held_out, training
 from preftune.config import load
+from preftune.diagnosis import opening
+from preftune.diagnosis.job import Diagnosis
 from preftune.errors import UserError
 from preftune.evaluate import Answers, figures
 from preftune.huggingface import DEFAULT_MODEL
@@ -45,7 +47,8 @@ def run(output: Path, console: Any) -> list[dict[str, Any]]:
     """Do it all.
 
     Returns:
-        one row a method, the reference first: name, seconds, and each figure with its interval.
+        one row a method, the reference first: name, seconds, and each figure with its interval;
+        the reference's has its `diagnosis`, too.
     """
     _clear(output)
     with (
@@ -53,8 +56,11 @@ def run(output: Path, console: Any) -> list[dict[str, Any]]:
         Progress(console) as bar,
     ):
         parts = _prepare(METHODS[0], output, data)
+        found = _opening(parts, bar)
         row, baseline = _reference(parts, output / "reference", bar)
-        rows = [row]
+        # only now: a folder without `reference` would not be known as a quickstart's
+        looked_at = opening.write(found, output)
+        rows = [{**row, "diagnosis": found.as_json()}]
         for name in METHODS:
             if name != METHODS[0]:
                 parts = _prepare(name, output, data)
@@ -64,6 +70,7 @@ def run(output: Path, console: Any) -> list[dict[str, Any]]:
         output / "report.html",
         title="preftune quickstart",
         note=NOTE,
+        links={looked_at.name: "What the pairs look like to the reference, before training"},
     )
     return rows
 
@@ -76,6 +83,19 @@ def _prepare(name: str, output: Path, data: Path) -> Parts:
     mixed = permutation(stream_key("quickstart"), 0, len(parts.held_out))  # the file is by kinds
     parts.held_out = parts.held_out.select(mixed)
     return parts
+
+
+def _opening(parts: Parts, bar: Progress) -> Diagnosis:
+    """What one pass over some of the pairs tells, said at once."""
+    assert parts.data is not None and parts.renderer is not None, "quickstart has pairs"
+    found = opening.opening(
+        parts.reference or parts.policy, parts.data, parts.renderer, name=parts.config.model,
+        held_out=parts.held_out, seed=parts.config.seed,
+        micro_batch_tokens=parts.micro_batch_tokens, tick=bar.tick("pairs"),
+    )  # fmt: skip
+    for line in opening.lines(found):
+        bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return found
 
 
 def _reference(parts: Parts, path: Path, bar: Progress) -> tuple[dict[str, Any], Answers]:

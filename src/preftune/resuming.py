@@ -21,9 +21,9 @@ def resumed(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def finished(folder: RunFolder, settings: loop.Settings) -> bool:
     """Whether its last step is logged and its model written."""
     rows = folder.read("metrics.jsonl")
-    return (
-        bool(rows) and rows[-1]["step"] == settings.max_steps and (folder.path / "model").is_dir()
-    )
+    if not rows or not (folder.path / "model").is_dir():
+        return False
+    return rows[-1]["step"] == settings.max_steps or "ended" in rows[-1]
 
 
 def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:

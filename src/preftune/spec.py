@@ -48,7 +48,7 @@ LABELLERS: dict[str, Any] = {
     "member": labellers.Member,
 }
 _KEYS = ("source", "labeller", "objective", "settings", *PLAIN)
-ROW_KEYS = ("name", "terms", "reference_update", "target_kl")
+ROW_KEYS = ("name", "terms", "reference_update", "target_kl", "patience")
 """Of a row in YAML."""
 
 

@@ -238,7 +238,7 @@ class Study:
                 done += cell.updates * len(seeds)
                 tick(done, total)
             return
-        with ProcessPoolExecutor(self.workers, get_context("spawn"), _worker) as pool:
+        with ProcessPoolExecutor(self.workers, get_context("spawn"), one_core) as pool:
             try:
                 beside(pool)
                 waiting: dict[Future[list[Row]], tuple[Cell, tuple[int, ...]]] = {
@@ -271,7 +271,7 @@ def _cost(cell: Cell, seeds: tuple[int, ...]) -> float:
     return before + cell.problem.cost * cell.updates * len(seeds)
 
 
-def _worker() -> None:
+def one_core() -> None:
     """A process of a pool: one thread, and no life of its own after its parent's."""
     torch.set_num_threads(1)
     parent = os.getppid()

@@ -8,7 +8,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from preftune.errors import UserError, nearest
 
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("samples_per_prompt", "prompts_per_round", "passes"), "1 or more", lambda x: x >= 1),
+    (
+        ("samples_per_prompt", "prompts_per_round", "passes", "patience"),
+        "1 or more",
+        lambda x: x >= 1,
+    ),
     (
         ("beta", "tau", "clip", "max_weight", "limit", "max_ratio", "target_kl"),
         "above 0",

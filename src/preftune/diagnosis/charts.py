@@ -7,13 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune.diagnosis.coverage import by_direction, optimum_coverage
 from preftune.diagnosis.measure import Measured, Surveyed, same_prompts
-from preftune.diagnosis.reading import SIDES
+from preftune.diagnosis.reading import BETAS, SIDES, reward_spread
+from preftune.estimators import divergence
 from preftune.estimators.estimate import Estimate
 from preftune.estimators.surprisal import surprisal_excess
 from preftune.report.drawing import NEUTRAL, PALETTE, Chart
+from preftune.theory.coverage import profile_bound
 
-COLOURS = {"the reference's own": NEUTRAL, "chosen": PALETTE[2], "rejected": PALETTE[1]}
+OWN = "the reference's own"
+COLOURS = {OWN: NEUTRAL, "chosen": PALETTE[2], "rejected": PALETTE[1]}
+LEGEND: dict[str, Any] = {
+    "showlegend": True,
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+}
+"""Above the plot, whose width it would take otherwise."""
 MOST = 2000
 """Points of a cloud."""
 
@@ -21,8 +30,8 @@ MOST = 2000
 def charts(measured: Measured, figures: Mapping[str, Estimate]) -> list[Chart]:
     """Those that there is something for."""
     found = [
-        _reward_map(measured), _surprisal(measured), _reach(figures), _optimum(figures),
-        _left(measured),
+        _reward_map(measured), _reach(figures), _surprisal(measured), _features(measured),
+        _coverage(measured, figures), _optimum(figures),
     ]  # fmt: skip
     return [chart for chart in found if chart is not None]
 
@@ -42,9 +51,9 @@ def _reward_map(measured: Measured) -> Chart | None:
     traces: list[dict[str, Any]] = [
         {"type": "histogram2dcontour", "x": _list(x), "y": _list(y), "ncontours": 8,
          "colorscale": [[0, "rgba(128,128,128,0)"], [1, "rgba(128,128,128,.8)"]],
-         "showscale": False, "name": "the reference's own", "hoverinfo": "skip",
+         "showscale": False, "name": OWN, "hoverinfo": "skip",
          "contours": {"coloring": "fill"}, "line": {"width": 0}},
-        _cloud("the reference's own", x, y, opacity=0.35),
+        _cloud(OWN, x, y, opacity=0.35),
     ]  # fmt: skip
     if data is not None and data.reward is not None and data.tokens.shape[1] == 2:
         mine, theirs = same_prompts(data, drawn)
@@ -58,8 +67,8 @@ def _reward_map(measured: Measured) -> Chart | None:
         "the prompt; up: better. Good answers far to the left are out of its reach; pairs that "
         "stand where its own answers do not say little about these.",
         data=traces,
-        layout={"xaxis": _axis("log p under the reference, less the prompt's mean (nats)"),
-                "yaxis": _axis("reward"), "showlegend": True, "height": 420},
+        layout={"xaxis": _axis("log p, less the mean of the prompt's answers (nats)"),
+                "yaxis": _axis("reward"), **LEGEND, "height": 420},
     )  # fmt: skip
 
 
@@ -81,7 +90,7 @@ def _surprisal(measured: Measured) -> Chart | None:
     for k, side in enumerate(sides):
         traces.append(_histogram(side, z[:, k]))
     if measured.drawn is not None:
-        traces.insert(0, _histogram("the reference's own", _z(measured.drawn).flatten()))
+        traces.insert(0, _histogram(OWN, _z(measured.drawn).flatten()))
     grid = torch.linspace(-4, 4, 81, dtype=torch.float64)
     normal = (-0.5 * grid.square()).exp() / math.sqrt(2 * math.pi)
     traces.append(
@@ -95,7 +104,7 @@ def _surprisal(measured: Measured) -> Chart | None:
         "samples (greedy, low temperature).",
         data=traces,
         layout={"xaxis": _axis("z", range=[-6, 8]), "yaxis": _axis("density"),
-                "barmode": "overlay", "showlegend": True},
+                "barmode": "overlay", **LEGEND},
     )  # fmt: skip
 
 
@@ -148,19 +157,96 @@ def _optimum(figures: Mapping[str, Estimate]) -> Chart | None:
     )  # fmt: skip
 
 
-def _left(measured: Measured) -> Chart | None:
-    if measured.own is None:
+def _coverage(measured: Measured, figures: Mapping[str, Estimate]) -> Chart | None:
+    """Of the policy, where there is one; else of the best policy, as far as samples tell."""
+    traces = _of_policy(measured) if measured.own is not None else _of_optimum(measured, figures)
+    if not traces:
         return None
-    ratio = measured.own.log_ratio().flatten().sort(descending=True).values
-    share = torch.arange(1, len(ratio) + 1, dtype=torch.float64) / len(ratio)
+    whose = "policy" if measured.own is not None else "optimum"
     return Chart(
-        name="left", title="How much of the policy the reference does not cover",
-        reading="Share of the policy's own samples that the reference finds at least e^x times "
-        "less likely.",
-        data=[{"type": "scatter", "mode": "lines", "x": _list(ratio), "y": _list(share),
-               "line": {"shape": "hv", "color": PALETTE[0]}}],
-        layout={"xaxis": _axis("log(policy / reference), nats"),
-                "yaxis": _axis("share of samples", range=[0, 1.05])},
+        name="coverage", title=f"How much of the {whose} the reference does not cover",
+        reading=f"Share of the {whose}'s answers that the reference finds at least N times less "
+        "likely. High far to the right: answers that no handful of the reference's samples shows. "
+        "Dotted: the most that the KL allows.",
+        data=traces,
+        layout={"xaxis": _axis("N", type="log", exponentformat="power", rangemode="tozero"),
+                "yaxis": _axis(f"P[{whose} / reference ≥ N]", range=[0, 1.05]), **LEGEND},
+    )  # fmt: skip
+
+
+def _of_policy(measured: Measured) -> list[dict[str, Any]]:
+    assert measured.own is not None, "asked for"
+    ref = measured.own.ref_logps()
+    ratio = measured.own.log_ratio()
+    top = min(max(4.0, float(ratio[ratio.isfinite()].max())), 690.0)  # what a float holds
+    at = torch.linspace(0, top, 121, dtype=torch.float64)
+    share = (ratio.flatten()[:, None] >= at).double().mean(0)
+    kl = divergence.reverse_kl(ratio + ref, ref).high
+    return [
+        {"type": "scatter", "mode": "lines", "name": "the policy", "x": _list(at.exp()),
+         "y": _list(share), "line": {"shape": "hv", "color": PALETTE[0]}},
+        *([] if kl is None else [_most(at[1:].exp().tolist(), kl, PALETTE[0])]),
+    ]  # fmt: skip
+
+
+def _of_optimum(measured: Measured, figures: Mapping[str, Estimate]) -> list[dict[str, Any]]:
+    if measured.drawn is None or measured.drawn.reward is None:
+        return []
+    reward, spread = measured.drawn.reward, reward_spread(measured.drawn.reward)
+    samples = reward.shape[-1]
+    at = [samples ** (i / 60) for i in range(61)]
+    known = [b for b in BETAS if (x := figures.get(f"optimum_kl_{b:g}")) and x.trusted]
+    traces: list[dict[str, Any]] = []
+    for colour, beta in zip(PALETTE, known, strict=False):
+        share = optimum_coverage(reward, beta * spread, at)
+        traces.append(
+            {"type": "scatter", "mode": "lines", "name": f"beta {beta:g}", "x": at, "y": share,
+             "line": {"shape": "hv", "color": colour}}
+        )  # fmt: skip
+        kl = figures[f"optimum_kl_{beta:g}"].high
+        if beta == known[-1] and kl is not None:
+            beyond = [samples * 10 ** (i / 20) for i in range(61)]
+            traces.append(_most(beyond, kl, colour))
+    return traces
+
+
+def _most(at: list[float], kl: float, colour: str) -> dict[str, Any]:
+    """The bound by the KL: (KL + 1/e) / log N."""
+    divergent = torch.tensor(kl, dtype=torch.float64)
+    return {
+        "type": "scatter", "mode": "lines", "name": "at most", "x": at,
+        "y": [min(1.0, float(profile_bound(divergent, n))) for n in at],
+        "line": {"color": colour, "dash": "dot", "width": 1},
+    }  # fmt: skip
+
+
+def _features(measured: Measured) -> Chart | None:
+    """Whether the pairs differ in the ways in which the answers do."""
+    answers = measured.own or measured.drawn
+    if measured.data is None or answers is None or measured.data.tokens.shape[1] != 2:
+        return None
+    mine, theirs = same_prompts(measured.data, answers)
+    pairs = mine.features()
+    found = by_direction(theirs.features(), pairs[:, 0], pairs[:, 1])
+    if found is None:
+        return None
+    place = list(range(1, len(found.own) + 1))
+    whose = "the policy's own" if measured.own is not None else OWN
+    return Chart(
+        name="features", title="Feature coverage",
+        reading="How far the model's hidden states differ between the two responses of a pair, and "
+        "between two of its own answers, along the directions in which pairs differ most to least. "
+        "The answers' line well above the pairs', mostly at the right: ways to differ that the "
+        "labels say little about.",
+        data=[
+            {"type": "scatter", "mode": "lines+markers", "name": name, "x": place,
+             "y": _list(values), "line": {"color": colour}, "marker": {"size": 4}}
+            for name, values, colour in (
+                ("the pairs", found.pairs, PALETTE[2]), (whose, found.own, NEUTRAL)
+            )
+        ],
+        layout={"xaxis": _axis("direction"), **LEGEND,
+                "yaxis": _axis("mean squared difference", type="log")},
     )  # fmt: skip
 
 

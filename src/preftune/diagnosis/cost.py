@@ -10,6 +10,8 @@ from preftune.errors import UserError
 ROWS, PROMPTS, SAMPLES = 500, 200, 8
 """As much as is taken where the budget allows it: intervals of a twentieth, and a resolution of a
 ninth for ranks."""
+SCORE = 0.3
+"""Of training on a response (forward, backward, the reference's forward): one forward pass."""
 FEWEST = 16
 """Prompts below which a figure's interval says nothing; the tier is left out then."""
 _DATA_SHARE = 0.25
@@ -45,6 +47,15 @@ class Speeds:
     """Scoring the responses of a row."""
     prompt: float
     """Answering a prompt `SAMPLES` times, scoring and judging the answers."""
+
+    def sample_price(self, responses: int) -> float:
+        """Of drawing a response, in units of training on one, of which a score is `SCORE`.
+
+        Args:
+            responses: of a row of the data.
+        """
+        score = self.row / responses
+        return max(0.0, self.prompt / SAMPLES - score) * SCORE / score
 
 
 @dataclass(frozen=True, kw_only=True)

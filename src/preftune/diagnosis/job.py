@@ -104,6 +104,8 @@ def diagnose(
         why = cannot_tell("no answers were drawn: " + sizes.note)
         found |= {"surprisal_own": why, "told_apart": why, "feature_ratio": why}
     taken = {"rows": sizes.rows, "prompts": sizes.prompts, "samples_per_prompt": sizes.samples}
+    of_a_row = 2 if job.rows.kind == "pairs" else 1
+    taken |= {"pairs": len(job.rows), "sample_price": speeds.sample_price(of_a_row)}
     return Diagnosis(
         measured=measured, figures=found, facts=facts | taken, health=sound, notes=notes
     )

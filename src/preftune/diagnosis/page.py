@@ -14,6 +14,8 @@ from preftune.durable import write_text
 from preftune.estimators.estimate import Estimate
 from preftune.report.page import embed_json
 
+NOTE = "The advice is by rules of thumb from small studies and is not validated."
+
 
 def write_page(
     path: Path,
@@ -22,12 +24,17 @@ def write_page(
     facts: Mapping[str, Any],
     data: Mapping[str, Any],
     verdict: Sequence[str],
+    *,
+    title: str = "Which method fits?",
+    heading: str = "Verdict",
+    note: str = NOTE,
 ) -> Path:
     """Write the page; it appears whole or not at all.
 
     Args:
         data: data health as plain data.
-        verdict: lines of text.
+        verdict: lines of text; the first is the headline, indented ones belong to it.
+        note: what the advice is worth: up to models of which size it was validated, if it was.
     """
     from plotly.offline import get_plotlyjs
 
@@ -36,8 +43,11 @@ def write_page(
     own = resources.files("preftune.diagnosis").joinpath("page.html").read_text("utf-8")
     text = Template(own).substitute(
         style=report.joinpath("page.css").read_text("utf-8"),
+        title=_text(title),
+        heading=_text(heading),
+        note=_text(note),
         facts=_facts(facts),
-        verdict="".join(f"<p>{_text(line)}</p>" for line in verdict),
+        verdict=_verdict(verdict),
         charts="".join(
             f"<figure><h3>{_text(c.title)}</h3><figcaption>{_text(c.reading)}</figcaption>"
             f'<div class=chart id="chart-{c.name}"></div></figure>'
@@ -65,6 +75,16 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
+def _verdict(lines: Sequence[str]) -> str:
+    """The headline large, what is indented under it (runners-up, what would change it) smaller."""
+
+    def shown(place: int, line: str) -> str:
+        kind = "headline" if place == 0 else "under" if line.startswith(" ") else "more"
+        return f'<p class="{kind}">{_text(line.strip())}</p>'
+
+    return "".join(shown(i, line) for i, line in enumerate(lines))
+
+
 def _facts(facts: Mapping[str, Any]) -> str:
     items = (
         f"<div><dt>{_text(name.replace('_', ' '))}</dt><dd>{_text(value)}</dd></div>"
@@ -84,13 +104,13 @@ def _table(figures: Mapping[str, Estimate]) -> str:
         f"{'' if x.trusted else f'<br><em>{_text(x.note)}</em>'}</td></tr>"
         for name, x in figures.items()
     )
-    return _scrolling(("figure", "value", "low", "high", "what it is"), rows)
+    return _scrolling("figures", ("figure", "value", "low", "high", "what it is"), rows)
 
 
-def _scrolling(heads: Sequence[str], rows: str) -> str:
+def _scrolling(kind: str, heads: Sequence[str], rows: str) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads)
     return (
-        f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -108,7 +128,8 @@ def _data(data: Mapping[str, Any]) -> str:
         f"<p>{data['rows']} rows, {data['distinct_rows']} of them different, "
         f"{data['distinct_prompts']} prompts.</p>"
         "<p>How far rules that read nothing predict the preference (50% is chance):</p>"
-        f"<ul>{rules}</ul>" + _scrolling(("finding", "rows", "such as", "what it means"), rows)
+        f"<ul>{rules}</ul>"
+        + _scrolling("findings", ("finding", "rows", "such as", "what it means"), rows)
     )
 
 

@@ -197,6 +197,29 @@ class Mlp(_Weights):
         return torch.addcmul(b, unit, w)
 
 
+class Shifted:
+    """Another net's logits, added to given ones that are never trained."""
+
+    def __init__(self, net: Net, offset: Float[Tensor, "*R C V"]) -> None:
+        assert offset.shape[-2:] == (net.num_contexts, net.vocab), "logits of the same contexts"
+        self.net, self.offset = net, offset.detach()
+        self.batch_shape, self.num_contexts = net.batch_shape, net.num_contexts
+        self.vocab, self.spare = net.vocab, net.spare
+
+    def logits(self, contexts: Int[Tensor, "*R m"] | None = None) -> Float[Tensor, "*R m V"]:
+        """See `Net.logits`."""
+        offset = self.offset if contexts is None else rows_of(self.offset, contexts)
+        return self.net.logits(contexts) + offset
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """See `Net.tensors`."""
+        return self.net.tensors()
+
+    def copy(self) -> "Shifted":
+        """See `Net.copy`."""
+        return Shifted(self.net.copy(), self.offset)
+
+
 class LogLinear(_Weights):
     """logits = offset + features @ theta, with theta [*R, d] a run."""
 

@@ -1,10 +1,11 @@
 """Puts the page together and writes it in one go."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 from preftune import durable
 from preftune.errors import UserError
@@ -15,7 +16,12 @@ from preftune.report.read import RunFolder, read_runs
 
 
 def write_report(
-    folders: Sequence[Path], output: Path, *, title: str = "preftune report", note: str = ""
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    title: str = "preftune report",
+    note: str = "",
+    links: Mapping[str, str] | None = None,
 ) -> Path:
     """Write one self-contained HTML page about the runs in `folders` to `output`.
 
@@ -26,6 +32,7 @@ def write_report(
         title: the page's heading.
         note: plain text under the heading (how the numbers came about, what they do not show);
             blank lines separate paragraphs.
+        links: files beside the page to what they show; they stand under the note.
 
     Returns:
         `output`.
@@ -37,14 +44,20 @@ def write_report(
     output = Path(output)
     if output.is_dir():
         raise UserError(f"{output} is a folder: name a file for the page, as {output}/report.html.")
-    page = render(read_runs(folders), title=title, note=note)
+    page = render(read_runs(folders), title=title, note=note, links=links)
     output.parent.mkdir(parents=True, exist_ok=True)
     # a lone surrogate (half a character, cut by a token limit) must not cost the whole page
     durable.write_text(output, page, errors="replace")
     return output
 
 
-def render(runs: Sequence[RunFolder], *, title: str, note: str = "") -> str:
+def render(
+    runs: Sequence[RunFolder],
+    *,
+    title: str,
+    note: str = "",
+    links: Mapping[str, str] | None = None,
+) -> str:
     """The page about `runs` as a string."""
     from plotly.offline import get_plotlyjs
 
@@ -53,7 +66,7 @@ def render(runs: Sequence[RunFolder], *, title: str, note: str = "") -> str:
         title=tables.text(title),
         style=_resource("page.css"),
         facts=tables.header_list(runs),
-        note=_note(note),
+        note=_note(note) + _links(links or {}),
         methods=tables.methods_table(runs) + tables.all_figures(runs),
         charts=_charts(runs, figures),
         answers=_section("answers", "Answers to held-out prompts", tables.answers(runs)),
@@ -80,6 +93,13 @@ def _note(note: str) -> str:
         return ""
     inside = "".join(f"<p>{tables.text(part)}</p>" for part in paragraphs)
     return f"<aside class=note>{inside}</aside>"
+
+
+def _links(links: Mapping[str, str]) -> str:
+    return "".join(
+        f'<p class=caption><a href="{tables.text(quote(name))}">{tables.text(words)}</a></p>'
+        for name, words in links.items()
+    )
 
 
 def _section(name: str, heading: str, inside: str) -> str:

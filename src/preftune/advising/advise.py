@@ -1,0 +1,193 @@
+"""From figures, label source and prices to a ranked list of methods, by the shipped rule."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from preftune import methods
+from preftune.advising import rule as rules
+from preftune.advising import wording
+from preftune.advising.rule import Rule, Signs
+from preftune.advising.signs import Circumstances, of_figures
+from preftune.estimators.estimate import Estimate
+from preftune.method import Method
+
+SHIPPED = "rule.json"
+REASONS = 3
+RANKED = 5
+"""Rows that are named, the best first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """The rule that comes with the package, and what is known of it."""
+
+    rule: Rule
+    settings: Mapping[str, Mapping[str, Any]]
+    """By row: what it was tuned to, `2b` for twice the problem's beta."""
+    sure: float
+    """A lead over the runner-up from which the regret was within its goal, on families that the
+    rule had not seen."""
+    measured: Mapping[str, Any]
+    """Regrets and where they were measured."""
+
+
+@cache
+def shipped() -> Shipped:
+    """Read from the package."""
+    data = json.loads(resources.files("preftune.advising").joinpath(SHIPPED).read_text())
+    return Shipped(
+        rule=rules.of_plain(data["rule"]), settings=data["settings"], sure=data["sure"],
+        measured=data["measured"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One method, and why."""
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    reason: str
+    cost: str
+    would_change: str
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advised:
+    """A ranked list, and how far it may be trusted."""
+
+    ranked: list[Advice]
+    worth: Mapping[str, float]
+    """Predicted, 0 the reference's, 1 the best row's: of the rows that can be run."""
+    sure: bool
+    """The first leads by enough; otherwise the tool cannot tell it from the second."""
+    strange: list[str]
+    """Signs farther than three standard deviations from all that the rule has seen."""
+
+
+def advise(figures: Mapping[str, Estimate], known: Circumstances | None, given: Circumstances,
+           by: Shipped | None = None) -> Advised:  # fmt: skip
+    """Rank the rows.
+
+    Args:
+        known: None where nobody judges fresh samples: rows that need a reward are left out.
+        given: the circumstances that the rule reads (with a label source in any case).
+        by: a rule in place of the shipped one.
+    """
+    own = shipped() if by is None else by
+    tier = own.rule.tier
+    signs: Signs = given.signs() | (of_figures(figures, tier) if tier >= 0 else {})
+    worth = {
+        row: w
+        for row, w in own.rule.worth(signs).items()
+        if known is not None or "reward" not in methods.get(row).needs
+    }
+    order = list(worth)
+    lead = worth[order[0]] - worth[order[1]]
+    strange = _strange(own.rule, signs)
+    ranked = [
+        Advice(
+            method=row, settings=settings_for(row, given.beta, own),
+            reason=_reason(own.rule, row, _rival(order, place), signs, given),
+            cost=_cost(methods.get(row), given),
+            would_change=_change(own.rule, row, _rival(order, place), signs),
+        )
+        for place, row in enumerate(order[:RANKED])
+    ]  # fmt: skip
+    return Advised(
+        ranked=ranked, worth=worth, sure=lead >= own.sure and not strange, strange=strange
+    )
+
+
+def _rival(order: list[str], place: int) -> str:
+    """Who a row is compared with: the first with the second, all others with the first."""
+    return order[1] if place == 0 else order[0]
+
+
+def _strange(rule: Rule, signs: Signs) -> list[str]:
+    out = []
+    for name, mean, spread in zip(rule.names, rule.mean, rule.spread, strict=True):
+        x = signs.get(name)
+        if x is not None and abs(x - mean) > 3 * spread and wording.plain_sign(name) == name:
+            out.append(name)
+    return out
+
+
+def settings_for(row: str, beta: float, by: Shipped | None = None) -> dict[str, Any]:
+    """The row's tuned settings for this beta, its vetted rate as a range, its fixed shares."""
+    own = shipped() if by is None else by
+    tuned = {k: v for k, v in own.settings[row].items() if k != "learning_rate"}
+    found = {
+        k: float(v[:-1]) * beta if isinstance(v, str) and v.endswith("b") else v
+        for k, v in tuned.items()
+    }
+    method = methods.get(row)
+    rate = method.defaults["learning_rate"]
+    fresh = [t for t in method.terms if t.source.on_policy]
+    labelled = [t for t in fresh if t.labeller.labelled]
+    if fresh:
+        found["samples_per_prompt"] = found.get(
+            "samples_per_prompt", max(t.source.num_responses for t in fresh)
+        )
+    if labelled:
+        found["on_policy_share"] = sum(t.share for t in labelled) / sum(
+            t.share for t in method.terms if t.labeller.labelled
+        )
+        found["passes"] = max(t.source.passes for t in labelled)
+    return found | {"learning_rate": [rate / 3, rate * 3]}
+
+
+def _reason(rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances) -> str:
+    """The signs that speak most for a row over its rival."""
+    gap = rule.between(row, rival, signs)
+    first = rule.worth(signs)[row] >= rule.worth(signs)[rival]
+    said: list[str] = []
+    for name, part in gap.items():
+        text = wording.reason(name, signs.get(name), given)
+        if (part > 0) == first and text is not None and text not in said:
+            said.append(text)
+        if len(said) == REASONS:
+            break
+    word = "over" if first else "behind"
+    return f"{word} {rival}: " + ("; ".join(said) or "on the whole of the problems studied")
+
+
+def _change(rule: Rule, row: str, rival: str, signs: Signs) -> str:
+    """The nearest value of a sign at which the two change places."""
+    found = []
+    for name in rule.names:
+        now = signs.get(name)
+        if name.startswith("is_") or wording.plain_sign(name) != name or now is None:
+            continue
+        at = rule.turning(row, rival, signs, name)
+        if at is None or math.isclose(at, now):
+            continue
+        spread = rule.spread[rule.names.index(name)]
+        words = wording.WORDS[name]
+        side = "below" if at < now else "above"
+        text = f"{words.quantity} {side} {words.value(at)} (now {words.value(now)})"
+        found.append((abs(at - now) / spread, text))
+    nearest = [text for _, text in sorted(found)[:2]]
+    return " or ".join(nearest) or "nothing that was measured, within what the rule was fitted on"
+
+
+def _cost(method: Method, given: Circumstances) -> str:
+    """What the whole budget goes into, a hundred updates of 64 responses."""
+    fresh = any(t.source.on_policy for t in method.terms)
+    if not fresh and "reward" not in method.needs:
+        return "the pairs alone: no samples, no labels"
+    if "reward" not in method.needs:
+        return f"samples of the policy, {given.sample_price:.2g} each; no labels"
+    return (
+        f"samples ({given.sample_price:.2g} each) and a label for each "
+        f"({given.label_price:.2g}), in units of training on a response"
+    )

@@ -1,0 +1,59 @@
+"""What a run has spent so far, from what its terms read, drew, had judged and trained on.
+
+The unit is the forward and backward pass of one response (the reference's forward is in it).
+"""
+
+from preftune import loop
+from preftune.advising.problem import Problem
+from preftune.collecting import Source
+from preftune.rounds import Group
+from preftune.sources import Pool, Reference
+
+COUNTS = ("trained", "drawn", "judged")
+"""Responses, over the run so far."""
+
+
+def counts(run: loop.State) -> dict[str, float]:
+    """`COUNTS` of each run of a study: the same for all."""
+    return {
+        "trained": sum(_trained(g) * run.step for g in run.groups),
+        "drawn": float(sum(_drawn(g) for g in run.groups)),
+        "judged": float(sum(_of_reference(g) or g.queries for g in run.groups)),
+    }
+
+
+def _trained(group: Group) -> float:
+    """Responses that a minibatch computes: those that some item points at."""
+    current = group.round
+    if current is None or group.idle:
+        return 0.0
+    pointed = sum(b.index.shape[-2:].numel() for b in current.batches)
+    used = min(current.samples.tokens.shape[-2], pointed)
+    prompts = sum(len(m) for m in current.minibatches) / len(current.minibatches)
+    return prompts * used
+
+
+def _drawn(group: Group) -> int:
+    return group.cursor.drawn * _fresh(group.source) + _of_reference(group)
+
+
+def _fresh(source: Source) -> int:
+    """Own samples to a prompt."""
+    if isinstance(source, Pool):
+        return sum(_fresh(m) for m in source.members)
+    return source.num_responses if source.on_policy else 0
+
+
+def _of_reference(group: Group) -> int:
+    """Drawn once and kept (and judged once, though the loop asks each epoch anew)."""
+    members = group.source.members if isinstance(group.source, Pool) else (group.source,)
+    width = sum(m.num_responses for m in members if isinstance(m, Reference))
+    return len(group.kept) * width
+
+
+def spent(problem: Problem, trained: float, drawn: float, judged: float) -> float:
+    """The price of that; where the judge is a reward model of the run's own pairs, of training it
+    on them too."""
+    prices = problem.prices
+    own_model = 2.0 * len(problem.pairs) if judged and problem.labels.source == "rm_same" else 0.0
+    return trained + prices.sample * drawn + prices.label * judged + own_model

@@ -1,0 +1,275 @@
+"""A problem to advise on, as a file: reference, true reward, pairs, who labels, prices.
+
+The schema is that of `Problem`; docs/advise.md has an example. Responses of an enumerable problem
+are all `vocab ** length` strings of tokens, numbered with the first token counting most.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from preftune import durable
+from preftune.errors import UserError
+from preftune.numerics import first_wins, normal, stream_key, uniform
+from preftune.policies.tree import all_responses
+from preftune.theory.linear_reward import fit_linear_reward
+
+FORMAT = "preftune-problem/1"
+WIDTH = 192
+"""Random features of a reward model."""
+MOST_RESPONSES = 4096
+"""Of an enumerable problem, to a state."""
+LabelSource = Literal["rm_same", "rm_other", "human", "true"]
+Features = Literal["network", "neighbours", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Of one response each, in units of one response's forward and backward pass."""
+
+    label: float
+    """Of judging a fresh response."""
+    sample: float
+    """Of drawing one."""
+    score: float = 0.3
+    """Of one forward pass, as a diagnosis makes over the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Who judges fresh samples."""
+
+    source: LabelSource
+    features: Features = "network"
+    """What the reward model of `rm_same` sees (see `features_of`)."""
+    ridge: float = 0.03
+    reward: Any = None
+    """[S][A], of `rm_other`: what it says of each response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem. S states (prompts), A = vocab ** length responses to each."""
+
+    name: str
+    family: str
+    """Problems of one family are never in both halves of a cross-validation."""
+    states: int
+    vocab: int
+    length: int
+    reference: Any
+    """[S][A] logits of responses (log-probs up to a constant)."""
+    reward: Any
+    """[S][A], the true one, in nats: pairs and humans prefer by Bradley-Terry on it."""
+    pairs: Any
+    """[n][3]: state, chosen, rejected."""
+    labels: Labels
+    prices: Prices
+    beta: float
+    """What a nat of KL costs in reward: U = E reward - beta KL."""
+    budget: float
+    """All that may be spent, in the prices' unit."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """How it was drawn."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, float]:
+        """Problems of one shape are run together."""
+        return self.states, self.vocab, self.length, len(self.pairs), self.beta
+
+    def ref_logp(self) -> Float[Tensor, "S A"]:
+        """Log-probs of the reference."""
+        return torch.tensor(self.reference, dtype=torch.float64).log_softmax(-1)
+
+    def true_reward(self) -> Float[Tensor, "S A"]:
+        """Of every response."""
+        return torch.tensor(self.reward, dtype=torch.float64)
+
+    def pair_table(self) -> Int[Tensor, "n 3"]:
+        """State, chosen, rejected."""
+        return torch.tensor(self.pairs, dtype=torch.long).view(-1, 3)
+
+
+def tokens_and_neighbours(vocab: int, length: int) -> Float[Tensor, "A F"]:
+    """One-hots of each position's token and of each two neighbours."""
+    one = torch.nn.functional.one_hot(all_responses(vocab, length), vocab).double()
+    two = one[:, :-1, :, None] * one[:, 1:, None, :]
+    return torch.cat([one.flatten(1), two.flatten(1)], -1)
+
+
+def features_of(states: int, vocab: int, length: int, kind: Features) -> Float[Tensor, "SA F"]:
+    """What a reward model sees of each response to each state.
+
+    tokens: each position's token, for all states and for each; neighbours: each two neighbours too,
+    for all states; network: fixed random tanh features of state and tokens.
+    """
+    own = tokens_and_neighbours(vocab, length)
+    single = own[:, : length * vocab]
+    state = torch.eye(states, dtype=torch.float64).repeat_interleave(len(own), 0)
+    shared, alone = own.repeat(states, 1), single.repeat(states, 1)
+    if kind == "network":
+        x = torch.cat([state, alone], -1)
+        key = stream_key("reward features", states, vocab, length)
+        weight = normal(key, torch.arange(x.shape[-1])[:, None], torch.arange(WIDTH))
+        return torch.tanh(x @ weight + normal(stream_key(key, "bias"), torch.arange(WIDTH)))
+    each = (state[:, :, None] * alone[:, None, :]).flatten(1)
+    return torch.cat([shared if kind == "neighbours" else alone, each], -1)
+
+
+def fit_reward(
+    table: Int[Tensor, "n 3"], shape: tuple[int, int, int], kind: Features, ridge: float
+) -> Float[Tensor, "S A"]:
+    """A reward model of pairs: Bradley-Terry by maximum likelihood, linear in its features."""
+    states, vocab, length = shape
+    size = vocab**length
+    state, chosen, rejected = table.unbind(-1)
+    wins = torch.zeros(states * size, states * size, dtype=torch.float64)
+    ones = torch.ones(len(table), dtype=torch.float64)
+    wins.index_put_((state * size + chosen, state * size + rejected), ones, accumulate=True)
+    features = features_of(states, vocab, length, kind)
+    return fit_linear_reward(features, wins, ridge).view(states, size)
+
+
+def judge_of(problem: Problem) -> Float[Tensor, "S A"]:
+    """What the judge of fresh samples goes by: a reward model's scores, or the true reward (of
+    which a human's preferences are draws)."""
+    labels = problem.labels
+    if labels.source == "rm_other":
+        return torch.tensor(labels.reward, dtype=torch.float64)
+    if labels.source != "rm_same":
+        return problem.true_reward()
+    shape = problem.states, problem.vocab, problem.length
+    return fit_reward(problem.pair_table(), shape, labels.features, labels.ridge)
+
+
+def preferred(
+    reward: Float[Tensor, "S A"], state: Tensor, both: Int[Tensor, "n 2"], u: Float[Tensor, " n"]
+) -> Int[Tensor, "n 2"]:
+    """The chosen first, by Bradley-Terry."""
+    own = reward[state[:, None], both]
+    first = first_wins(own[:, 0] - own[:, 1], u)
+    return torch.where(first[:, None], both, both.flip(-1))
+
+
+def save(problem: Problem, folder: Path) -> Path:
+    """Write NAME.json; reals at four decimals."""
+    path = folder / f"{problem.name}.json"
+    plain = {"format": FORMAT, **asdict(problem)}
+    durable.write_text(path, json.dumps(_rounded(plain), separators=(",", ":")) + "\n")
+    return path
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def load_all(folder: Path) -> list[Problem]:
+    """Every problem file of a folder, by name.
+
+    Raises:
+        UserError: no file, or one that is not as the schema says.
+    """
+    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"problems '{folder}': no .json file there. Draw some with --draw N.")
+    return [load(path) for path in paths]
+
+
+@lru_cache(maxsize=1024)
+def load(path: Path) -> Problem:
+    """Read one.
+
+    Raises:
+        UserError: what is wrong, and where.
+    """
+    try:
+        plain = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"problem '{path}': cannot be read ({error}).") from error
+    try:
+        return checked(plain)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"problem '{path}': {what}. See docs/advise.md for the schema.") from error
+
+
+def checked(plain: Mapping[str, Any]) -> Problem:
+    """A problem of plain data.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not as the schema says.
+    """
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise ValueError(f"'format' is not '{FORMAT}'")
+    rest = {k: v for k, v in plain.items() if k not in ("format", "labels", "prices")}
+    data = rest.pop("data", None)
+    size = _size(rest)
+    if data is not None:
+        rest["pairs"] = _drawn_pairs(data, rest)
+    labels, prices = plain["labels"], {k: float(v) for k, v in plain["prices"].items()}
+    if labels["source"] not in get_args(LabelSource):
+        known = ", ".join(get_args(LabelSource))
+        raise ValueError(f"labels.source '{labels['source']}' is none of {known}")
+    for name in ("beta", "budget"):
+        rest[name] = float(rest[name])
+        if not rest[name] > 0:
+            raise ValueError(f"'{name}' is not above 0")
+    if min(prices.values()) < 0:
+        raise ValueError("a price is below 0")
+    found = Problem(**rest, labels=Labels(**labels), prices=Prices(**prices))
+    _finite("reference", found.reference, (found.states, size))
+    _finite("reward", found.reward, (found.states, size))
+    if found.labels.source == "rm_other":
+        _finite("labels.reward", found.labels.reward, (found.states, size))
+    _check_pairs(found.pair_table(), found.states, size)
+    return found
+
+
+def _size(rest: Mapping[str, Any]) -> int:
+    """Responses to a state."""
+    counts = [rest[name] for name in ("states", "vocab", "length")]
+    if not all(isinstance(n, int) and n > 0 for n in counts) or counts[1] < 2:
+        raise ValueError("'states', 'vocab' (2 or more) and 'length' are whole numbers above 0")
+    size = counts[1] ** counts[2]
+    if size > MOST_RESPONSES:
+        raise ValueError(f"{size} responses to a state are more than {MOST_RESPONSES}")
+    return size
+
+
+def _finite(name: str, value: Any, shape: tuple[int, int]) -> None:
+    table = torch.tensor(value, dtype=torch.float64)
+    if tuple(table.shape) != shape or not bool(table.isfinite().all()):
+        raise ValueError(f"'{name}' is not a finite table of {shape[0]} x {shape[1]}")
+
+
+def _check_pairs(table: Tensor, states: int, size: int) -> None:
+    limits = torch.tensor([states, size, size])
+    if not len(table) or bool((table < 0).any()) or bool((table >= limits).any()):
+        raise ValueError("'pairs' are not rows of [state, chosen, rejected] within range")
+
+
+def _drawn_pairs(data: Mapping[str, Any], rest: Mapping[str, Any]) -> Sequence[Sequence[int]]:
+    """Pairs of a data policy: `policy` [S][A] logits, `pairs` how many, `noise` the share of labels
+    flipped, `seed`; preferred by Bradley-Terry on the true reward."""
+    law = torch.tensor(data["policy"], dtype=torch.float64).softmax(-1)
+    reward = torch.tensor(rest["reward"], dtype=torch.float64)
+    n, key = int(data["pairs"]), stream_key(int(data.get("seed", 0)), "pairs")
+    state = torch.arange(n) % rest["states"]
+    u = uniform(key, torch.arange(n)[:, None], torch.arange(4))
+    cdf = law.cumsum(-1)[state]
+    both = torch.searchsorted(cdf, u[:, :2] * cdf[:, -1:], right=True).clamp(max=law.shape[-1] - 1)
+    ordered = preferred(reward, state, both, u[:, 2])
+    flipped = u[:, 3] < float(data.get("noise", 0.0))
+    ordered = torch.where(flipped[:, None], ordered.flip(-1), ordered)
+    return torch.cat([state[:, None], ordered], -1).tolist()

@@ -1,0 +1,138 @@
+"""The rule: what a fit finds, and that its explanations are its own arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+
+from preftune import methods
+from preftune.advising import rule
+from preftune.advising.advise import advise, shipped
+from preftune.advising.candidates import names, settings_of
+from preftune.advising.signs import FIGURES, Circumstances, of_figures
+from preftune.advising.wording import WORDS, plain_sign
+from preftune.diagnosis.reading import DOCUMENTED
+from preftune.estimators.estimate import Estimate, bound, cannot_tell
+
+ROWS = ("a", "b", "c")
+
+
+def problems(count: int) -> tuple[list[dict[str, float | None]], np.ndarray]:
+    """Worth of a grows with x, that of b falls with it, c is middling; y is noise."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, count))
+    worth = np.stack([0.5 + 0.3 * x, 0.5 - 0.3 * x, np.full(count, 0.4)], -1)
+    return [{"x": float(a), "y": float(b)} for a, b in zip(x, y, strict=True)], worth
+
+
+def test_a_linear_worth_is_found() -> None:
+    signs, worth = problems(400)
+    found = rule.fit(signs, worth, ROWS, 1e-6, tier=-1)
+    assert list(found.worth({"x": 1.0, "y": 0.0})) == ["a", "c", "b"]
+    assert found.worth({"x": 1.0, "y": 0.0})["a"] == pytest.approx(0.8, abs=0.01)
+    assert found.worth({"x": -1.0, "y": 2.0})["b"] == pytest.approx(0.8, abs=0.01)
+    assert found.worth({"x": None, "y": None})["c"] == pytest.approx(0.4, abs=0.01)
+    again = rule.of_plain(json.loads(json.dumps(found.plain())))
+    assert again == found
+
+
+def test_a_strong_ridge_forgets_the_signs() -> None:
+    signs, worth = problems(400)
+    found = rule.fit(signs, worth, ROWS, 1e6, tier=-1)
+    assert found.worth({"x": 2.0, "y": 0.0})["a"] == pytest.approx(worth[:, 0].mean(), abs=1e-3)
+
+
+def test_what_speaks_for_a_row_adds_up_to_its_lead() -> None:
+    signs, worth = problems(50)
+    found = rule.fit(signs, worth, ROWS, 0.1, tier=-1)
+    here = {"x": 0.7, "y": -0.4}
+    values = found.worth(here)
+    bias = found.bias[0] - found.bias[1]
+    assert sum(found.between("a", "b", here).values()) + bias == pytest.approx(
+        values["a"] - values["b"]
+    )
+
+
+def test_where_two_rows_draw_level() -> None:
+    signs, worth = problems(200)
+    found = rule.fit(signs, worth, ROWS, 0.01, tier=-1)
+    here: dict[str, float | None] = {"x": 0.9, "y": 0.1}
+    at = found.turning("a", "b", here, "x")
+    assert at is not None and abs(at) < 0.1
+    level = found.worth(here | {"x": at})
+    assert level["a"] == pytest.approx(level["b"], abs=1e-9)
+    over, under = found.worth(here | {"x": at + 0.01}), found.worth(here | {"x": at - 0.01})
+    assert over["a"] > over["b"] and under["a"] < under["b"]
+
+
+def test_a_bound_is_used_and_the_unknown_is_not() -> None:
+    figures = {
+        "surprisal_chosen": Estimate(value=1.5, low=1.0, high=2.0, trusted=True),
+        "reference_accuracy": bound(low=0.7, note="at least"),
+        "surprisal_rejected": cannot_tell("no"),
+    }
+    found = of_figures(figures, 0)
+    assert found["surprisal_chosen"] == 1.5 and found["reference_accuracy"] == 0.7
+    assert found["surprisal_rejected"] is None and found["surprisal_spread_chosen"] is None
+    assert set(found) == set(FIGURES[0])
+
+
+def test_every_sign_is_a_documented_figure_and_has_words() -> None:
+    for name in (n for tier in FIGURES.values() for n in tier):
+        side = name.removesuffix("_chosen").removesuffix("_rejected")
+        assert name in DOCUMENTED or f"{side}_SIDE" in DOCUMENTED, name
+    given = Circumstances(
+        label_source="human", label_price=3, sample_price=1, beta=0.1, pairs=10, budget=100
+    )
+    every = [*given.signs(), *(n for tier in FIGURES.values() for n in tier)]
+    assert all(n.startswith("is_") or plain_sign(n) in WORDS for n in every)
+
+
+def given(**changes: float | str) -> Circumstances:
+    plain = {
+        "label_source": "rm_other", "label_price": 0.3, "sample_price": 1.0, "beta": 0.1,
+        "pairs": 500, "budget": 3000.0,
+    }  # fmt: skip
+    return Circumstances(**(plain | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_shipped_rule_knows_the_candidates() -> None:
+    own = shipped()
+    assert own.rule.rows == tuple(names())
+    for row in own.rule.rows:
+        assert row in methods.table()
+        assert any(s.plain() == dict(own.settings[row]) for s in settings_of(row)), row
+    assert 0 <= own.measured["mean_regret"] < own.measured["best_fixed_regret"] < 1
+
+
+def test_without_a_judge_no_row_that_needs_one_is_named() -> None:
+    found = advise({}, None, given())
+    assert found.ranked
+    assert not any("reward" in methods.get(a.method).needs for a in found.ranked)
+    assert any("reward" in methods.get(r).needs for r in advise({}, given(), given()).worth)
+
+
+def test_advice_says_what_would_change_it_truly() -> None:
+    """The value that is named is where the first two change places."""
+    here = given()
+    found = advise({}, here, here)
+    first, second = found.ranked[:2]
+    rule_ = shipped().rule
+    signs = here.signs()
+    turned = [
+        (name, at)
+        for name in rule_.names
+        if (at := rule_.turning(first.method, second.method, signs, name)) is not None
+        and abs(at - rule_.mean[rule_.names.index(name)]) < 2.9 * rule_.spread[
+            rule_.names.index(name)]
+    ]  # fmt: skip
+    for name, at in turned:
+        level = rule_.worth(signs | {name: at})
+        assert level[first.method] == pytest.approx(level[second.method], abs=1e-9)
+    assert first.settings["learning_rate"][0] < first.settings["learning_rate"][1]
+
+
+def test_far_from_all_that_was_studied_nothing_is_sure() -> None:
+    far = given(budget=3e9, pairs=10**8)
+    found = advise({}, far, far)
+    assert not found.sure and "log_pairs" in found.strange

@@ -1,0 +1,50 @@
+"""`preftune advise-study`, in process: draw, run, go on, refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from preftune import cli
+
+
+def shrunk(folder: Path) -> None:
+    """Budgets for a few updates, so that a test is quick."""
+    for path in folder.glob("*.json"):
+        plain = json.loads(path.read_text())
+        plain |= {"budget": 400.0, "beta": 0.15, "pairs": plain["pairs"][:100]}
+        path.write_text(json.dumps(plain))
+
+
+@pytest.fixture
+def drawn(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert cli.run(["advise-study", "--draw", "3", "--output", "problems", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["problems"] == ["likely-0000", "unlikely-0001", "narrow-0002"]
+    shrunk(here / "problems")
+    return here / "problems"
+
+
+def test_the_shipped_rule_is_measured(drawn: Path, capsys, here: Path) -> None:
+    args = ["advise-study", "--problems", str(drawn), "--output", "out", "--json"]
+    assert cli.run(args) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(Path("out/advice.json").read_text())
+    assert found["problems"] + len(found["apart"]) == 3
+    assert {"mean_regret", "best_fixed", "best_fixed_regret", "halving_regret"} <= set(found)
+    assert "<script>alert" not in Path("out/advice.html").read_text()
+    before = Path("out/runs/metrics.jsonl").read_text()
+    assert cli.run(args) == 0
+    capsys.readouterr()
+    assert Path("out/runs/metrics.jsonl").read_text() == before, "nothing is run twice"
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    ([], "--draw N"),
+    (["--draw", "2", "--problems", "x"], "--draw N"),
+    (["--draw", "0"], "--draw"),
+    (["--problems", "nowhere"], "no .json file"),
+])  # fmt: skip
+def test_mistakes(args: list[str], words: str, here: Path, capsys) -> None:
+    assert cli.run(["advise-study", *args]) == 2
+    assert words in capsys.readouterr().err
