@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from preftune import checkpoint, loop
+from preftune.alarms import after_evaluation, after_update
 from preftune.durable import verify
 from preftune.errors import GuardStop, UserError
 from tables import begin, make_world, row_of
@@ -56,15 +57,18 @@ def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     state, settings = started()
-    state.first_entropy, state.skipped, state.identity = 1.25, 3, {"reference": "abc"}
-    state.warned.add("kl")
+    state.skipped, state.identity = 3, {"reference": "abc"}
+    seen = {"loss": 0.1, "kl": 60.0, "entropy": 1.25}
+    state.watch, _ = after_evaluation(after_update(state.watch, 1, seen)[0], 1, {"eval_kl": 0.1})
     advance(state, settings, tmp_path, 3)
     state.world = replace(state.world, micro_batch_tokens=4)
     path = checkpoint.save(state, tmp_path)
     other, _ = started()
     checkpoint.load(other, path)
-    assert (other.step, other.version, other.skipped, other.first_entropy) == (3, 3, 3, 1.25)
-    assert other.warned == {"kl"} and other.world.micro_batch_tokens == 4
+    assert (other.step, other.version, other.skipped) == (3, 3, 3)
+    assert other.watch == state.watch and other.watch.said == ("kl",)
+    assert other.watch.sums == {"kl": 60.0, "entropy": 1.25} and other.watch.evaluations.count == 1
+    assert other.world.micro_batch_tokens == 4
     for _ in range(3):
         loop.update(state, settings)
         loop.update(other, settings)

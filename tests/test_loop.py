@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preftune import loop, methods
+from preftune import alarms, loop, methods
 from preftune import objectives as o
 from preftune.errors import GuardStop
 from preftune.labellers import BestWorst, GivenPreference, Unlabelled
@@ -118,19 +118,19 @@ def test_binary_choice_of_the_first_dpo_step():
 
 
 def test_a_round_of_ties_makes_no_update():
-    warned: list[str] = []
+    said: list[alarms.Fired] = []
     world = make_world(reward=equal)
     before = world.policy.logits.detach().clone()
     row = methods.resolve(methods.get("on_policy_dpo"))
     state = loop.start(row, world, settings())
     logged: list[dict] = []
     loop.advance(
-        state, settings(), loop.Hooks(log=lambda s, m: logged.append(m), warn=warned.append)
+        state, settings(), loop.Hooks(log=lambda s, m: logged.append(m), alarm=said.append)
     )
     assert torch.equal(before, world.policy.logits)
     assert all(m["loss"] is None and m["pairs"] == 0 for m in logged)
     assert state.step == 6 and state.version == 0
-    assert len(warned) == 1 and "tied" in warned[0]
+    assert [a.alarm for a in said] == ["ties"] and "tied" in said[0].message
 
 
 def test_a_tied_pair_is_masked_and_the_mean_is_over_the_others():

@@ -34,6 +34,7 @@ AXES = {
     "on_policy_ipo": (True, True, True),
     "hypo": (False, True, True),
     "half_and_half": (True, True, True),
+    "auto": (True, True, True),
     "chosen_vs_own": (True, True, True),
     "cdpo": (False, True, True),
     "robust_dpo": (False, True, True),

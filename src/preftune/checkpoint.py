@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from preftune import durable
+from preftune.alarms import Watch
 from preftune.collecting import Cursor
 from preftune.durable import Damaged
 from preftune.errors import GuardStop, UserError
@@ -83,11 +84,10 @@ def _collect(run: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "step": run.step,
         "version": run.version,
         "seconds": run.seconds,
-        "warned": sorted(run.warned),
+        "watch": asdict(run.watch),
         "skipped": run.skipped,
         "best": run.best,
         "plateau": asdict(run.plateau),
-        "first_entropy": run.first_entropy,
         "pending": run.pending,
         "micro_batch_tokens": run.world.micro_batch_tokens,
         "identity": run.identity,
@@ -179,9 +179,9 @@ def _changing(run: State) -> Iterable[tuple[str, Tensor]]:
 
 
 def _restore(run: State, tensors: dict[str, Tensor], plain: Mapping[str, Any]) -> None:
+    run.watch = Watch.of(plain["watch"])
     run.step, run.version = plain["step"], plain["version"]
-    run.seconds, run.warned = plain["seconds"], set(plain["warned"])
-    run.skipped, run.first_entropy = plain["skipped"], plain["first_entropy"]
+    run.seconds, run.skipped = plain["seconds"], plain["skipped"]
     run.best = tuple(plain["best"]) if plain["best"] else None
     run.plateau = Plateau(**plain["plateau"])
     run.pending = plain["pending"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from preftune.collecting import Data
 from preftune.figures import (
     Figures,
+    agreement,
     best_of_curve,
     best_of_kl,
     best_of_share,
@@ -32,6 +33,10 @@ DOCUMENTED = {
     "reward": "mean reward of samples; a proxy where it is the reward trained on",
     "reward:NAME": "the same by the gold reward NAME, which nothing was trained or chosen by",
     "reward_gain": "reward less the reference's on the same prompts (reward_gain:NAME: by gold)",
+    "agreement:NAME": "share of pairs of an answer and the reference's in which the reward and the "
+    "gold reward NAME prefer the same one (pairs that tie by NAME left out)",
+    "agreement_near:NAME": "the same of the half of the answers nearer to the reference, by KL",
+    "agreement_far:NAME": "the same of the half further from it",
     "reward_spread": "standard deviation over an ensemble's members of a sample's reward",
     "win_rate": "share of samples with a higher reward than the reference's (ties half)",
     "win_rate_length_controlled": "win_rate at equal length, by a logistic fit on the difference",
@@ -188,6 +193,10 @@ def figures(answers: Answers, against: Answers | None = None, seed: int = 0) -> 
         if against is not None and name in against.rewards:
             gain = paired(answers.rewards[name], against.rewards[name], seed)
             out[f"reward_gain{suffix}"] = gain
+            if i and answers.kl is not None:
+                by, true = ((answers.rewards[n], against.rewards[n]) for n in (names[0], name))
+                found = agreement(by, true, answers.kl, seed)
+                out |= {f"{figure}{suffix}": x for figure, x in found.items()}
     if answers.kl is not None:
         out["kl"] = interval(answers.kl, seed)
     if answers.log_ratio is not None:

@@ -23,6 +23,8 @@ CHUNK = 2**22
 """Numbers held at once while resampling."""
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """n of best-of-n that are shown."""
+LEAST_JUDGED = 8
+"""Pairs that an agreement is told from."""
 LEAST_KL = 0.01
 """Nats below which best-of-n gains nothing that a share could be taken of."""
 
@@ -98,6 +100,35 @@ def clustered(values: Tensor, cluster: Tensor, keep: Tensor | None = None, seed:
 def wins(mine: Tensor, other: Tensor) -> Tensor:
     """1, ½ or 0 where mine [...] is the higher, the same or the lower."""
     return 0.5 * (1 + torch.sign(mine.double() - other.double()))
+
+
+def agreement(by: Sequence[Tensor], gold: Sequence[Tensor], kl: Tensor, seed: int = 0) -> Figures:
+    """How often a reward and a gold reward prefer the same one of a policy's answer and another's.
+
+    A reward is right where its makers' data were; a policy that follows it goes elsewhere. So the
+    pairs are also told apart by how far the policy's answer is from the reference: `near` and `far`
+    are the halves below and above the median.
+
+    Args:
+        by, gold: of each reward, mine [N, K] and the other's [N, J] on the same prompts.
+        kl: [N, K], nats of my answers from the reference.
+
+    Returns:
+        agreement, agreement_near, agreement_far; prompts are resampled. One with fewer than
+        `LEAST_JUDGED` pairs that the gold reward tells apart is left out.
+    """
+    judged, truth = ((m.double()[..., None] - o.double()[:, None]).sign() for m, o in (by, gold))
+    right, told = 0.5 * (1 + judged * truth), truth != 0
+    prompt = torch.arange(len(kl))[:, None, None].expand(truth.shape)
+    far = (kl > kl.median())[..., None].expand(truth.shape)
+    halves = {"": torch.ones_like(told), "_near": ~far, "_far": far}
+    return {
+        f"agreement{name}": clustered(
+            right.flatten(), prompt.flatten(), (told & of).flatten(), seed
+        )
+        for name, of in halves.items()
+        if int((told & of).sum()) >= LEAST_JUDGED
+    }
 
 
 def length_controlled(won: Tensor, difference: Tensor, seed: int = 0) -> Figure | None:

@@ -77,7 +77,7 @@ def eval_metrics(found: Mapping[str, Mapping[str, float | None]]) -> dict[str, A
         if name.startswith("best_of_"):
             continue
         out[f"eval_{name}"] = figure["value"]
-        if name in ("reward", "kl") or name.startswith("reward:"):
+        if name in ("reward", "kl") or name.startswith(("reward:", "agreement_far:")):
             out |= {f"eval_{name}_low": figure["low"], f"eval_{name}_high": figure["high"]}
     return out
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from preftune import health
+from preftune import alarms
 from preftune.errors import GuardStop, UserError
 from preftune.gradient import Found, gradient
 from preftune.measures import numbers
@@ -54,7 +54,7 @@ class Hooks:
     log: Callable[[int, Metrics], None] = lambda step, metrics: None
     evaluate: Callable[[int], Metrics] | None = None
     save: Callable[["State"], None] | None = None
-    warn: Callable[[str], None] = lambda message: None
+    alarm: Callable[[alarms.Fired], None] = lambda fired: None
     stop: Callable[[], bool] = lambda: False
     """Asked after each step: end here, with everything in order for a checkpoint."""
 
@@ -73,12 +73,11 @@ class State:
     version: int = 0
     """Optimizer steps taken (an update without any item makes none; of a study, all updates)."""
     seconds: float = 0.0
-    warned: set[str] = field(default_factory=set)
+    watch: alarms.Watch = field(default_factory=alarms.Watch)
     skipped: int = 0
     """Updates left out because they were not finite."""
     best: tuple[int, float] | None = None
     """Step and value of `best_by`, negative where less is better."""
-    first_entropy: float | None = None
     plateau: Plateau = field(default_factory=Plateau)
     """Of the reward, where the row has patience."""
     pending: Metrics | None = None
@@ -272,13 +271,13 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
         found = hooks.evaluate(0)
         _judged_by(settings, found)
         hooks.log(0, found)
+        _sound_alarms(run, hooks, alarms.after_evaluation(run.watch, 0, found))
     while run.pending is not None or not at_end(run, settings):
         if run.pending is None:
             measure = _is_logged(run.step + 1, settings) or run.method.patience is not None
             run.pending = update(run, settings, measure=measure)
             run.plateau = run.plateau.after(run.pending.get("reward"))
-            for message in health.warnings(run, run.pending):
-                hooks.warn(message)
+            _sound_alarms(run, hooks, alarms.after_update(run.watch, run.step, run.pending))
         _after(run, settings, hooks, run.pending)
         if hooks.stop():
             return
@@ -290,6 +289,15 @@ def at_end(run: State, settings: Settings) -> bool:
     return run.step >= settings.max_steps or run.plateau.reached(run.method.patience)
 
 
+def _sound_alarms(
+    run: State, hooks: Hooks, found: tuple[alarms.Watch, tuple[alarms.Fired, ...]]
+) -> None:
+    """Keep what is watched, and say what is new."""
+    run.watch, fired = found
+    for alarm in fired:
+        hooks.alarm(alarm)
+
+
 def _is_logged(step: int, settings: Settings) -> bool:
     return step % settings.log_every == 0 or step == settings.max_steps
 
@@ -297,19 +305,18 @@ def _is_logged(step: int, settings: Settings) -> bool:
 def _after(run: State, settings: Settings, hooks: Hooks, metrics: Metrics) -> None:
     """What follows an update: evaluation, which may fail and be repeated, the log, a checkpoint."""
     step, last = run.step, at_end(run, settings)
-    better = False
+    better, found = False, {}
     if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
         found = hooks.evaluate(step)
         better = _is_best(run, settings, found)
         metrics = metrics | found
     if step < settings.max_steps and last:
         metrics = metrics | {"ended": "plateau"}
-        hooks.warn(
-            f"step {step}: the reward of samples no longer rises, so the run ends (patience)"
-        )
     if _is_logged(step, settings) or last:
         hooks.log(step, metrics)
     run.pending = None
+    if found:
+        _sound_alarms(run, hooks, alarms.after_evaluation(run.watch, step, found))
     due = settings.save_every and (step % settings.save_every == 0 or last)
     if hooks.save and (due or better):
         hooks.save(run)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune import informative
 from preftune.labellers.base import KL_SCALE, log_ratio
 from preftune.numerics import masked_sum
 from preftune.rounds import PART, Group
@@ -36,6 +37,12 @@ DOCUMENTED = {
     "log_ratio_rejected": "the same of rejected responses, nats",
     "margin": "chosen less rejected, of the log-ratio, the log-prob or the score",
     "accuracy": "share of pairs with a margin above 0 (ties half)",
+    "informative_pairs": "share of pairs that are none of the next three",
+    "settled_pairs": "share of pairs whose rejected response the loss pushes down by less than a "
+    "tenth of what it would at margin 0",
+    "unlikely_pairs": "share whose rejected response has less than 1 % a token (geometric mean) "
+    "under the policy",
+    "alike_pairs": "share whose responses begin alike for nine tenths of the longer",
     "logp_chosen": "mean log-prob of chosen responses, nats, where the row needs no reference",
     "logp_rejected": "the same of rejected responses, nats",
     "score_chosen": "mean score of chosen responses (the row that trains a reward model)",
@@ -52,6 +59,8 @@ DOCUMENTED = {
     "entropy": "mean -log-prob of a token of these samples at collection, nats (of samples at "
     "temperature 1: the policy's entropy)",
     "ended": "of the last row of a run that ended before its last step: plateau (patience)",
+    "distinct_samples": "different responses among a prompt's fresh samples: 0 all the same, 1 no "
+    "two are",
     "updates_not_finite": "updates left out so far, not being finite (max_skipped)",
     "ratio_mean": "mean over tokens of policy now / policy at collection",
     "ratio_max": "the largest of these",
@@ -172,6 +181,9 @@ class Measures:
         self.add("length", samples.lengths(), fresh)
         self.add("no_end", ~samples.finished, fresh)
         self.add("staleness", version - samples.origin, fresh)
+        if not self._shape:  # what alarms read is of single runs
+            shares = informative.distinct(samples.tokens, samples.mask, fresh)
+            self.add("distinct_samples", shares, fresh.sum(-1) > 1)
         if samples.logp is not None:
             self.add("entropy", -samples.logp, samples.mask & fresh.unsqueeze(-1))
         if group.round.trained_logp and samples.ref_logp is not None:
@@ -223,6 +235,9 @@ class Measures:
             self.add("clip_fraction", (ratio - 1).abs() > arguments["clip"], mask)
         if set(batch.roles) == {"chosen", "rejected"}:
             self._pairs(batch, arguments)
+            if not self._shape:
+                for name, pairs in informative.of_pairs(term, samples, batch, arguments).items():
+                    self.add(name, pairs, batch.keep)
         elif term.labeller.labelled and "logp" in arguments:
             logp = arguments["logp"].detach()
             logp = logp if mask is None else masked_sum(logp, mask)

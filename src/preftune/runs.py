@@ -145,7 +145,7 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after `step`: it will be done again."""
-        for name in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "times.jsonl", "samples.jsonl", "alarms.jsonl"):
             rows = [r for r in self.read(name) if r.get("step", 0) <= step]
             if (self.path / name).exists():
                 write_text(self.path / name, "".join(dumps(r) + "\n" for r in rows))

@@ -4,7 +4,7 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from preftune import (
     rewards,
 )
 from preftune import config as configs
+from preftune.alarms import Fired
 from preftune.config import Config
 from preftune.errors import GuardStop, Saved, UserError
 from preftune.parts import (
@@ -169,7 +170,7 @@ def execute(
             log=lambda step, metrics: _log(folder, tell, settings.max_steps, step, metrics),
             evaluate=evaluate,
             save=lambda s: _save(s, folder, tell),
-            warn=lambda message: tell("note", message=message),
+            alarm=lambda fired: _alarm(fired, folder, tell),
             stop=lambda: signals.asked is not None,
         )
         tell("start", step=state.step, total=settings.max_steps, message=parts.method.name)
@@ -182,6 +183,8 @@ def execute(
             message = f"saved {path}; go on with --output {folder.path} --resume"
             tell("interrupted", step=state.step, message=message)
             raise KeyboardInterrupt if signals.asked == signal.SIGINT else Saved(message)
+    if state.step < settings.max_steps:
+        tell("note", message=f"step {state.step}: the reward no longer rises: ended (patience)")
     _take_best(state, folder, tell)
     _save_model(parts, folder)
 
@@ -266,6 +269,11 @@ def _log(folder: RunFolder, tell: Tell, total: int, step: int, metrics: dict[str
     if times:
         folder.append("times.jsonl", [{"step": step, **times}])
     tell("step", step=step, total=total, metrics=row)
+
+
+def _alarm(fired: Fired, folder: RunFolder, tell: Tell) -> None:
+    folder.append("alarms.jsonl", [asdict(fired)])
+    tell("note", message=fired.message)
 
 
 def _save(state: loop.State, folder: RunFolder, tell: Tell) -> None:

@@ -14,6 +14,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from preftune import (
     methods,
     rewards,
 )
+from preftune.alarms import Watch
 from preftune.collecting import Cursor
 from preftune.data import chat, formats
 from preftune.durable import Damaged
@@ -104,8 +106,8 @@ def _checkpoint(tensors: bytes, plain: bytes) -> None:
 
 _GOOD_TENSORS = save({"policy/logits": torch.zeros(2, 3)})
 GOOD_PLAIN: dict[str, Any] = {
-    "step": 1, "version": 1, "seconds": 0.5, "warned": [], "skipped": 0, "best": None,
-    "first_entropy": None, "pending": None, "micro_batch_tokens": None, "identity": {},
+    "step": 1, "version": 1, "seconds": 0.5, "watch": asdict(Watch()), "skipped": 0,
+    "best": None, "pending": None, "micro_batch_tokens": None, "identity": {},
     "groups": [{"cursor": Cursor().__dict__, "queries": 0, "kept": [], "round": None}],
 }  # fmt: skip
 
@@ -193,7 +195,8 @@ def run_folder(data: bytes) -> None:
     """A run's folder that somebody hands on, in a report."""
     folder = _folder / "run"
     folder.mkdir(exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl", "times.jsonl", "evaluation.json", "config.yaml"):
+    lines = [f"{name}.jsonl" for name in ("metrics", "samples", "times", "alarms")]
+    for name in (*lines, "evaluation.json", "config.yaml"):
         (folder / name).write_bytes(data)
     with contextlib.suppress(UserError):
         write_report([folder], _folder / "report.html")

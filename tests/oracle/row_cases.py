@@ -118,6 +118,12 @@ ROWS = {
     "half_and_half": Row(
         ("not_halved", "one_mean", "swapped", "tied_pair_counted"), DPO, {"beta": 0.37}, TIED
     ),
+    "auto": Row(
+        ("not_halved", "swapped", "tied_pair_counted", "not_steered", "kl_left_out"),
+        {"beta": 0.1, "target_kl": 10.0},
+        {"beta": 0.37, "target_kl": 0.5},
+        TIED,
+    ),
     "chosen_vs_own": Row(
         ("swapped", "rejected_of_the_data", "samples_in_given_order", "end_left_out"),
         DPO,

@@ -217,6 +217,21 @@ class RowOracle(Oracle):
         counted = len(grouped(m.samples)) if self.flaw == "tied_pair_counted" else None
         return share * (self.dpo(m.pairs) + self.dpo(own, counted))
 
+    def auto(self, m: Material) -> Tensor:
+        """Half and half, and a reverse KL whose weight follows the first round's KL: a factor
+        exp(error + integral), error = (KL - budget) / budget within +-1, the integral a fiftieth
+        of it far below the budget, else a tenth."""
+        with torch.no_grad():
+            kl = torch.stack([self.token_kl(ids_of(s)).sum() for s in m.samples]).mean()
+        budget = self.settings["target_kl"]
+        error = ((kl - budget) / budget).clamp(-1.0, 1.0)
+        factor = (error * (1.02 if error < -0.5 else 1.1)).exp()
+        if self.flaw == "not_steered":
+            factor = torch.ones_like(factor)
+        weight = 0.0 if self.flaw == "kl_left_out" else 0.05 * self.settings["beta"] * factor
+        groups = [[ids_of(sample) for sample in group] for group in grouped(m.samples)]
+        return self.half_and_half(m) + weight * self.reverse_kl(groups)
+
     def chosen_vs_own(self, m: Material) -> Tensor:
         own = {tuple(sample["prompt_ids"]): ids_of(sample) for sample in m.samples}
         pairs = [(row[0][0], own[tuple(row[0][0][0])]) for row in m.rows]

@@ -14,7 +14,7 @@ from preftune.advising.rule import Rule, Signs
 from preftune.advising.signs import of_figures
 from preftune.advising.study import FRESH, SELECTION, Studied, circumstances
 
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TIERS = (-1, 0, 1, 2)
 """Of the diagnosis that a rule may ask for; -1: none."""
 ADVICE, HALVING, RANDOM = "advice", "successive halving", "random row"

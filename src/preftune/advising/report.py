@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from preftune.advising import assess, candidates, page, regret
+from preftune.advising import assess, candidates, page, regret, scene
 from preftune.advising.advise import shipped
 from preftune.advising.assess import ADVICE
 from preftune.advising.regret import Tuned
@@ -61,7 +61,8 @@ def shipping(done: Studied, result: Mapping[str, Any]) -> dict[str, Any]:
     rule, _ = assess.fitted(done, tuned, everything, gains)
     settings = {row: candidates.settings_of(row)[place].plain() for row, place in tuned.items()}
     keys = ("mean_regret", "best_fixed", "best_fixed_regret", "halving_regret", "problems")
-    measured = {k: result[k] for k in keys} | {"parameters": 2438}
+    largest = max(scene.parameters(p) for p in done.runs.problems)
+    measured = {k: result[k] for k in keys} | {"parameters": largest}
     return {
         "rule": rule.plain(), "settings": settings, "sure": sure_from(result["each"]),
         "measured": measured,

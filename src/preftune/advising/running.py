@@ -68,10 +68,9 @@ def cell(place: Scene, setting: Setting, those: Sequence[Problem], a_run: int) -
 
 
 def _price(place: Scene, setting: Setting, problem: Problem, a_run: int) -> float:
-    """Of an update, from below by one label: a run must not end before its budget does."""
+    """Of an update."""
     trained, drawn, judged = _taken(place, setting.row, setting.batch_size, setting.flat, a_run)
-    prices = problem.prices
-    return trained + prices.sample * drawn + prices.label * max(0.0, judged - 1.0)
+    return trained + problem.prices.sample * drawn + problem.prices.label * judged
 
 
 @cache

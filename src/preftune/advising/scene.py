@@ -135,14 +135,23 @@ def _tables(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _policy(p: Problem, ref_logp: Float[Tensor, "R S A"], seeds: tuple[int, ...]) -> Tree:
     """A network that is added to the reference's logits, and starts at 0."""
-    net = Mlp(
-        context_features(p.states, p.vocab, p.length), stream_keys(seeds, "advise", "weights"),
-        p.vocab, HIDDEN, activation="relu", norm_first=False, gain=1.0,
-    )  # fmt: skip
+    net = _network(p, stream_keys(seeds, "advise", "weights"))
     with torch.no_grad():
         net.weights[f"weight_{len(HIDDEN)}"].zero_()
     logits = context_logits(ref_logp, p.vocab, p.length).float()
     return Tree(Shifted(net, logits), p.states, p.length)
+
+
+def parameters(p: Problem) -> int:
+    """Trained numbers of a policy."""
+    return _network(p, torch.zeros(1, dtype=torch.long)).num_weights
+
+
+def _network(p: Problem, keys: Tensor) -> Mlp:
+    return Mlp(
+        context_features(p.states, p.vocab, p.length), keys, p.vocab, HIDDEN, activation="relu",
+        norm_first=False, gain=1.0,
+    )  # fmt: skip
 
 
 def context_logits(logp: Float[Tensor, "R S A"], vocab: int, length: int) -> Float[Tensor, "R C V"]:

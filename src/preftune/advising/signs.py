@@ -35,7 +35,10 @@ class Circumstances:
     def signs(self) -> dict[str, float]:
         """By name."""
         known = {f"is_{s}": float(self.source == s) for s in SOURCES}
-        fresh = math.log(self.budget / (1 + self.sample_price + self.label_price))
+        # a reward model of the pairs is trained on them first
+        model = 2.0 * self.pairs if self.source == "rm_same" else 0.0
+        left = max(self.budget - model, 0.1 * self.budget)
+        fresh = math.log(left / (1 + self.sample_price + self.label_price))
         reads = math.log(self.budget / (2 * self.pairs))
         plain = {
             "log_fresh": fresh, "log_pairs": math.log(self.pairs), "log_epochs": reads,

@@ -14,7 +14,7 @@ from preftune.durable import write_text
 from preftune.estimators.estimate import Estimate
 from preftune.report.page import embed_json
 
-NOTE = "The advice is by rules of thumb from small studies and is not validated."
+NOTE = "Nobody has measured what this advice is worth."
 
 
 def write_page(

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from preftune import durable
 from preftune.errors import UserError
 from preftune.report import tables
+from preftune.report.alarms import alarms
 from preftune.report.drawing import Chart
 from preftune.report.figures import charts
 from preftune.report.read import RunFolder, read_runs
@@ -68,6 +69,7 @@ def render(
         facts=tables.header_list(runs),
         note=_note(note) + _links(links or {}),
         methods=tables.methods_table(runs) + tables.all_figures(runs),
+        alarms=_section("alarms", "Alarms", alarms(runs)),
         charts=_charts(runs, figures),
         answers=_section("answers", "Answers to held-out prompts", tables.answers(runs)),
         settings=tables.settings(runs),

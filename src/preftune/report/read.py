@@ -50,6 +50,8 @@ class RunFolder:
     evaluation: dict[str, Estimate]
     answers: list[Row]
     """Rows of `samples.jsonl` on held-out prompts at the last step that has any."""
+    alarms: list[Row]
+    """Rows of `alarms.jsonl`."""
 
     @property
     def is_reference(self) -> bool:
@@ -146,6 +148,7 @@ def read_run(folder: Path) -> RunFolder:
         metrics=_read_lines(folder / "metrics.jsonl"),
         evaluation=_read_evaluation(folder / "evaluation.json"),
         answers=_last_answers(_read_lines(folder / "samples.jsonl")),
+        alarms=_read_lines(folder / "alarms.jsonl"),
     )
 
 
