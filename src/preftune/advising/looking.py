@@ -1,22 +1,22 @@
 """The diagnosis of an enumerable problem: the same figures as of a language model, by sampling."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preftune.advising.problem import Labels, Problem, judge_of
+from preftune.advising.problem import Problem, judge_of
 from preftune.advising.scene import context_logits
 from preftune.diagnosis.measure import Measured, Surveyed
 from preftune.diagnosis.reading import Figures, figures
-from preftune.estimators.estimate import Estimate
-from preftune.numerics import normal, permutation, stream_key, uniform
+from preftune.estimators.estimate import Estimate, share
+from preftune.numerics import first_wins, normal, permutation, stream_key, uniform
 from preftune.policies.tree import all_responses
 
-ROWS, PROMPTS, SAMPLES = 100, 16, 6
+ROWS, PROMPTS, SAMPLES = 100, 32, 3
 """Pairs scored, prompts answered, answers to each: a few per cent of what training costs, as on a
 language model."""
 WIDTH = 32
@@ -47,15 +47,15 @@ class Seen:
 def look(problem: Problem, seed: int = 0) -> Seen:
     """Diagnose a problem as its user would.
 
-    Where labels are a human's, who cannot be asked about every sample, a reward model of the run's
-    own pairs stands in.
+    A human is not asked about every sample, but which of one sample and the chosen response is
+    better, once a prompt.
     """
-    judge = judge_of(_with_model(problem))
+    by_human = problem.labels.source in ("human", "true")
+    judge = None if by_human else judge_of(problem)
     key = stream_key(seed, problem.name, "diagnosis")
     table = problem.pair_table()
     order = permutation(key, 0, len(table))
-    data = table[order[:ROWS]]
-    few = order[:PROMPTS]
+    data, few = table[order[:ROWS]], order[:PROMPTS]
     state = table[few, 0]
     cdf = problem.ref_logp().exp().cumsum(-1)[state]
     u = uniform(key, torch.arange(len(few))[:, None], torch.arange(SAMPLES))
@@ -64,13 +64,13 @@ def look(problem: Problem, seed: int = 0) -> Seen:
         data=_surveyed(problem, order[:ROWS], data[:, 0], data[:, 1:], judge),
         drawn=_surveyed(problem, few, state, drawn, judge),
     )
-    return Seen(figures=figures(measured, seed), price=_prices(problem, len(data), drawn.numel()))
-
-
-def _with_model(problem: Problem) -> Problem:
-    if problem.labels.source not in ("human", "true"):
-        return problem
-    return replace(problem, labels=Labels(source="rm_same", features=problem.labels.features))
+    found = figures(measured, seed)
+    if by_human:
+        reward = problem.true_reward()
+        gap = reward[state, drawn[:, 0]] - reward[state, table[few, 1]]
+        won = first_wins(gap, uniform(key, torch.arange(len(few)), SAMPLES))
+        found["reached_chosen"] = share(won.double()[:, None], seed)
+    return Seen(figures=found, price=_prices(problem, len(data), drawn.numel()))
 
 
 def _prices(problem: Problem, rows: int, samples: int) -> dict[int, float]:
@@ -78,13 +78,13 @@ def _prices(problem: Problem, rows: int, samples: int) -> dict[int, float]:
     scored = 2 * rows * p.score
     drawn = scored + samples * (p.sample + p.score)
     by_human = problem.labels.source in ("human", "true")
-    judged = (samples + 2 * rows) * (p.score if by_human else p.label)
-    return {0: scored, 1: drawn, 2: drawn + judged}
+    asked = PROMPTS if by_human else samples + 2 * rows
+    return {0: scored, 1: drawn, 2: drawn + asked * p.label}
 
 
 def model_price(problem: Problem) -> float:
-    """Of training a reward model on the pairs, which tier 2 needs where no other is at hand."""
-    return 0.0 if problem.labels.source == "rm_other" else 2.0 * len(problem.pairs)
+    """Of training the reward model of the pairs, which tier 2 asks where it is who judges."""
+    return 2.0 * len(problem.pairs) if problem.labels.source == "rm_same" else 0.0
 
 
 def _surveyed(
@@ -92,7 +92,7 @@ def _surveyed(
     row: Int[Tensor, " N"],
     state: Int[Tensor, " N"],
     response: Int[Tensor, "N K"],
-    judge: Float[Tensor, "S A"],
+    judge: Float[Tensor, "S A"] | None,
 ) -> Surveyed:
     tokens = all_responses(problem.vocab, problem.length)[response]
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -102,7 +102,7 @@ def _surveyed(
     return Surveyed(
         row=row, tokens=tokens, mask=mask, finished=mask[..., 0], ref_logp=logp, entropy=entropy,
         variance=variance, hidden=_hidden(problem, state, tokens),
-        reward=judge[state[:, None], response],
+        reward=None if judge is None else judge[state[:, None], response],
     )  # fmt: skip
 
 
