@@ -10,7 +10,7 @@ from preftune.advising import rule
 from preftune.advising.advise import advise, shipped
 from preftune.advising.candidates import names, settings_of
 from preftune.advising.signs import FIGURES, Circumstances, of_figures
-from preftune.advising.wording import WORDS, plain_sign
+from preftune.advising.wording import WORDS, moves, plain_sign
 from preftune.diagnosis.reading import DOCUMENTED
 from preftune.estimators.estimate import Estimate, bound, cannot_tell
 
@@ -57,12 +57,17 @@ def test_where_two_rows_draw_level() -> None:
     signs, worth = problems(200)
     found = rule.fit(signs, worth, ROWS, 0.01, tier=-1)
     here: dict[str, float | None] = {"x": 0.9, "y": 0.1}
-    at = found.turning("a", "b", here, "x")
-    assert at is not None and abs(at) < 0.1
-    level = found.worth(here | {"x": at})
+    step = found.turning("a", "b", here, {"x": 1.0})
+    assert step is not None and abs(0.9 + step) < 0.1
+    level = found.worth(here | {"x": 0.9 + step})
     assert level["a"] == pytest.approx(level["b"], abs=1e-9)
-    over, under = found.worth(here | {"x": at + 0.01}), found.worth(here | {"x": at - 0.01})
+    over, under = (found.worth(here | {"x": 0.9 + step + d}) for d in (0.01, -0.01))
     assert over["a"] > over["b"] and under["a"] < under["b"]
+    assert found.turning("a", "b", here, {"y": 1.0}) is None, "too far"
+    both = found.turning("a", "b", here, {"x": 1.0, "y": 1.0})
+    assert both is not None
+    level = found.worth({"x": 0.9 + both, "y": 0.1 + both})
+    assert level["a"] == pytest.approx(level["b"], abs=1e-9)
 
 
 def test_a_bound_is_used_and_the_unknown_is_not() -> None:
@@ -112,24 +117,26 @@ def test_without_a_judge_no_row_that_needs_one_is_named() -> None:
     assert any("reward" in methods.get(r).needs for r in advise({}, given(), given()).worth)
 
 
-def test_advice_says_what_would_change_it_truly() -> None:
-    """The value that is named is where the first two change places."""
-    here = given()
+@pytest.mark.parametrize("source", ["rm_same", "human", "rm_other"])
+def test_what_would_change_the_advice_would(source: str) -> None:
+    """Where a quantity takes the value that is named, the two rows are worth the same; the signs
+    that are crossed with the label source move along."""
+    here = given(label_source=source)
     found = advise({}, here, here)
     first, second = found.ranked[:2]
-    rule_ = shipped().rule
-    signs = here.signs()
-    turned = [
-        (name, at)
-        for name in rule_.names
-        if (at := rule_.turning(first.method, second.method, signs, name)) is not None
-        and abs(at - rule_.mean[rule_.names.index(name)]) < 2.9 * rule_.spread[
-            rule_.names.index(name)]
-    ]  # fmt: skip
-    for name, at in turned:
-        level = rule_.worth(signs | {name: at})
+    own, signs = shipped().rule, here.signs()
+    steps = {
+        name: own.turning(first.method, second.method, signs, moves(name, source))
+        for name in ("log_fresh", "log_beta", "log_pairs")
+    }
+    told = {n: s for n, s in steps.items() if s is not None}
+    for name, step in told.items():
+        there = {n: v + step * moves(name, source).get(n, 0.0) for n, v in signs.items()}
+        level = own.worth(there)
         assert level[first.method] == pytest.approx(level[second.method], abs=1e-9)
-    assert first.settings["learning_rate"][0] < first.settings["learning_rate"][1]
+        assert set(moves(name, source)) <= set(signs)
+    low, high = first.settings["learning_rate"]
+    assert low < high
 
 
 def test_far_from_all_that_was_studied_nothing_is_sure() -> None:

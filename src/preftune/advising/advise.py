@@ -99,7 +99,7 @@ def advise(figures: Mapping[str, Estimate], known: Circumstances | None, given: 
             method=row, settings=settings_for(row, given.beta, own),
             reason=_reason(own.rule, row, _rival(order, place), signs, given),
             cost=_cost(methods.get(row), given),
-            would_change=_change(own.rule, row, _rival(order, place), signs),
+            would_change=_change(own.rule, row, _rival(order, place), signs, given),
         )
         for place, row in enumerate(order[:RANKED])
     ]  # fmt: skip
@@ -161,21 +161,20 @@ def _reason(rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances
     return f"{word} {rival}: " + ("; ".join(said) or "on the whole of the problems studied")
 
 
-def _change(rule: Rule, row: str, rival: str, signs: Signs) -> str:
-    """The nearest value of a sign at which the two change places."""
+def _change(rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances) -> str:
+    """The nearest values of single quantities at which the two change places."""
     found = []
     for name in rule.names:
         now = signs.get(name)
         if name.startswith("is_") or wording.plain_sign(name) != name or now is None:
             continue
-        at = rule.turning(row, rival, signs, name)
-        if at is None or math.isclose(at, now):
+        step = rule.turning(row, rival, signs, wording.moves(name, given.source))
+        if step is None or math.isclose(step, 0.0):
             continue
-        spread = rule.spread[rule.names.index(name)]
         words = wording.WORDS[name]
-        side = "below" if at < now else "above"
-        text = f"{words.quantity} {side} {words.value(at)} (now {words.value(now)})"
-        found.append((abs(at - now) / spread, text))
+        side = "below" if step < 0 else "above"
+        text = f"{words.quantity} {side} {words.value(now + step)} (now {words.value(now)})"
+        found.append((abs(step) / rule.spread[rule.names.index(name)], text))
     nearest = [text for _, text in sorted(found)[:2]]
     return " or ".join(nearest) or "nothing that was measured, within what the rule was fitted on"
 

@@ -45,19 +45,29 @@ class Rule:
         gap = (np.array(self.weight[i]) - np.array(self.weight[j])) * self.standard(signs)
         return dict(sorted(zip(self.names, gap.tolist(), strict=True), key=lambda x: -abs(x[1])))
 
-    def turning(self, first: str, second: str, signs: Signs, name: str) -> float | None:
-        """The value of a sign, all else as it is, at which the second row draws level; None if
-        there is none within what the rule was fitted on."""
-        i, j, k = self.rows.index(first), self.rows.index(second), self.names.index(name)
+    def turning(
+        self, first: str, second: str, signs: Signs, along: Mapping[str, float]
+    ) -> float | None:
+        """How far signs must move, all else as it is, for the two rows to draw level.
+
+        Args:
+            along: how fast each sign moves, in its own unit: several where one quantity is in
+                several signs.
+
+        Returns:
+            the step; None where it leads farther than three standard deviations from the mean.
+        """
+        i, j = self.rows.index(first), self.rows.index(second)
+        gap = np.array(self.weight[i]) - np.array(self.weight[j])
         z = self.standard(signs)
-        slope = self.weight[i][k] - self.weight[j][k]
-        lead = self.bias[i] - self.bias[j] + (
-            np.array(self.weight[i]) - np.array(self.weight[j])
-        ) @ z  # fmt: skip
+        lead = self.bias[i] - self.bias[j] + float(gap @ z)
+        speed = np.array([along.get(n, 0.0) for n in self.names]) / np.array(self.spread)
+        slope = float(gap @ speed)
         if slope == 0:
             return None
-        at = z[k] - lead / slope
-        return float(self.mean[k] + at * self.spread[k]) if abs(at) <= 3 else None
+        step = -lead / slope
+        moved = z + step * speed
+        return step if bool((np.abs(moved[speed != 0]) <= 3.0).all()) else None
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
