@@ -1,6 +1,8 @@
 """The rule: what a fit finds, and that its explanations are its own arithmetic."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from preftune.advising import rule
 from preftune.advising.advise import advise, shipped
 from preftune.advising.candidates import names, settings_of
 from preftune.advising.signs import FIGURES, Circumstances, of_figures
-from preftune.advising.wording import WORDS, moves, plain_sign
+from preftune.advising.wording import WORDS, plain_sign
 from preftune.diagnosis.reading import DOCUMENTED
 from preftune.estimators.estimate import Estimate, bound, cannot_tell
 
@@ -117,26 +119,51 @@ def test_without_a_judge_no_row_that_needs_one_is_named() -> None:
     assert any("reward" in methods.get(r).needs for r in advise({}, given(), given()).worth)
 
 
-@pytest.mark.parametrize("source", ["rm_same", "human", "rm_other"])
-def test_what_would_change_the_advice_would(source: str) -> None:
-    """Where a quantity takes the value that is named, the two rows are worth the same; the signs
-    that are crossed with the label source move along."""
-    here = given(label_source=source)
+NAMES = {"the budget, in responses trained on,": "budget", "the number of pairs": "pairs",
+         "the price of a label": "label_price", "the price of a sample": "sample_price",
+         "beta": "beta"}  # fmt: skip
+
+
+def test_what_would_change_the_advice_would() -> None:
+    """Beyond the value that is named the order is the other way round, all that hangs on the
+    quantity moving along."""
+    checked = sum(
+        changes_checked(given(label_source=source, label_price=price))
+        for source in ("rm_same", "human", "rm_other")
+        for price in (0.3, 3.0)
+    )
+    assert checked > 10
+
+
+def changes_checked(here: Circumstances) -> int:
     found = advise({}, here, here)
-    first, second = found.ranked[:2]
-    own, signs = shipped().rule, here.signs()
-    steps = {
-        name: own.turning(first.method, second.method, signs, moves(name, source))
-        for name in ("log_fresh", "log_beta", "log_pairs")
-    }
-    told = {n: s for n, s in steps.items() if s is not None}
-    for name, step in told.items():
-        there = {n: v + step * moves(name, source).get(n, 0.0) for n, v in signs.items()}
-        level = own.worth(there)
-        assert level[first.method] == pytest.approx(level[second.method], abs=1e-9)
-        assert set(moves(name, source)) <= set(signs)
-    low, high = first.settings["learning_rate"]
-    assert low < high
+    own = shipped().rule
+    checked = 0
+    for place, entry in enumerate(found.ranked):
+        rival = found.ranked[1 if place == 0 else 0].method
+        for text in entry.would_change.split(" or "):
+            told = re.fullmatch(r"(.+) (below|above) ([\d.,e+-]+) \(now .+\)", text)
+            if told is None:
+                assert text.startswith("nothing")
+                continue
+            name, value = NAMES[told[1]], float(told[3].replace(",", ""))
+            value *= 1.005 if told[2] == "above" else 0.995  # it is printed rounded
+            there = replace(here, **{name: round(value) if name == "pairs" else value}).signs()
+            now, then = own.worth(here.signs()), own.worth(there)
+            assert (now[entry.method] > now[rival]) != (then[entry.method] > then[rival]), text
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("source", ["rm_same", "human", "rm_other"])
+def test_reasons_have_the_users_numbers(source: str) -> None:
+    here = given(label_source=source, beta=0.15, pairs=800)
+    said = " ".join(a.reason for a in advise({}, here, here).ranked)
+    for wrong in ("buys 1 fresh", "costs 1.00 of", "are 1 pairs"):
+        assert wrong not in said
+    costs = re.findall(r"KL costs ([\d.]+)", said)
+    assert all(c == "0.15" for c in costs)
+    assert all(p == "800" for p in re.findall(r"there are ([\d,]+) pairs", said))
 
 
 def test_far_from_all_that_was_studied_nothing_is_sure() -> None:

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -12,7 +12,7 @@ from preftune import methods
 from preftune.advising import rule as rules
 from preftune.advising import wording
 from preftune.advising.rule import Rule, Signs
-from preftune.advising.signs import Circumstances, of_figures
+from preftune.advising.signs import FIGURES, Circumstances, of_figures
 from preftune.estimators.estimate import Estimate
 from preftune.method import Method
 
@@ -20,6 +20,8 @@ SHIPPED = "rule.json"
 REASONS = 3
 RANKED = 5
 """Rows that are named, the best first."""
+MOST, STEPS = 2.0, 40
+"""A quantity is tried up to a factor of e^2 either way, in so many steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,36 +149,63 @@ def settings_for(row: str, beta: float, by: Shipped | None = None) -> dict[str, 
 
 
 def _reason(rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances) -> str:
-    """The signs that speak most for a row over its rival."""
-    gap = rule.between(row, rival, signs)
-    first = rule.worth(signs)[row] >= rule.worth(signs)[rival]
-    said: list[str] = []
-    for name, part in gap.items():
-        text = wording.reason(name, signs.get(name), given)
-        if (part > 0) == first and text is not None and text not in said:
-            said.append(text)
-        if len(said) == REASONS:
-            break
+    """The signs that speak most for a row over its rival; what is one quantity counts as one."""
+    worth = rule.worth(signs)
+    first = worth[row] >= worth[rival]
+    parts: dict[str, float] = {}
+    for name, part in rule.between(row, rival, signs).items():
+        about = "is_" if name.startswith("is_") else wording.plain_sign(name)
+        parts[about] = parts.get(about, 0.0) + part
+    said = [
+        text
+        for name, part in sorted(parts.items(), key=lambda x: -abs(x[1]))
+        if (part > 0) == first
+        and (text := wording.reason(name, signs.get(name), given)) is not None
+    ]
     word = "over" if first else "behind"
-    return f"{word} {rival}: " + ("; ".join(said) or "on the whole of the problems studied")
+    return f"{word} {rival}: " + ("; ".join(said[:REASONS]) or "on the whole of what was studied")
 
 
 def _change(rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances) -> str:
     """The nearest values of single quantities at which the two change places."""
-    found = []
-    for name in rule.names:
+    found = [*_by_circumstances(rule, row, rival, signs, given)]
+    for name in (n for tier in FIGURES.values() for n in tier if n in rule.names):
         now = signs.get(name)
-        if name.startswith("is_") or wording.plain_sign(name) != name or now is None:
-            continue
-        step = rule.turning(row, rival, signs, wording.moves(name, given.source))
-        if step is None or math.isclose(step, 0.0):
+        step = None if now is None else rule.turning(row, rival, signs, {name: 1.0})
+        if now is None or step is None or math.isclose(step, 0.0):
             continue
         words = wording.WORDS[name]
-        side = "below" if step < 0 else "above"
-        text = f"{words.quantity} {side} {words.value(now + step)} (now {words.value(now)})"
-        found.append((abs(step) / rule.spread[rule.names.index(name)], text))
+        far = abs(step) / rule.spread[rule.names.index(name)]
+        found.append((far, _turned(words, now, now + step)))
     nearest = [text for _, text in sorted(found)[:2]]
     return " or ".join(nearest) or "nothing that was measured, within what the rule was fitted on"
+
+
+def _by_circumstances(
+    rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances
+) -> Iterator[tuple[float, str]]:
+    """Of each quantity the nearest factor at which the order turns round, all signs that it is in
+    moving along; and how far that is, a factor of e counting as one."""
+
+    def leads(**changed: Any) -> bool:
+        there = signs | replace(given, **changed).signs()
+        worth = rule.worth(there)
+        return worth[row] > worth[rival]
+
+    now = leads()
+    for name, words in wording.QUANTITIES.items():
+        value = getattr(given, name)
+        for step in (s * d for d in range(1, STEPS + 1) for s in (1, -1)):
+            there = value * math.exp(step * MOST / STEPS)
+            there = max(1, round(there)) if name == "pairs" else there
+            if value > 0 and leads(**{name: there}) != now:
+                yield abs(step) * MOST / STEPS, _turned(words, value, there)
+                break
+
+
+def _turned(words: wording.Words, now: float, there: float) -> str:
+    side = "below" if there < now else "above"
+    return f"{words.quantity} {side} {words.value(there)} (now {words.value(now)})"
 
 
 def _cost(method: Method, given: Circumstances) -> str:

@@ -13,6 +13,7 @@ from preftune.advising.regret import Judged, Runs, Tuned
 from preftune.advising.rule import Rule, Signs
 from preftune.advising.signs import of_figures
 from preftune.advising.study import FRESH, SELECTION, Studied, circumstances
+from preftune.errors import UserError
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TIERS = (-1, 0, 1, 2)
@@ -124,6 +125,11 @@ def summary(
     problems = studied.runs.problems
     inside = [j for j in found if j.inside]
     groups = [problems[j.problem].family for j in inside]
+    if not inside:
+        raise UserError(
+            "advise-study: in no problem does the best row gain more than three standard errors, "
+            "so that there is nothing to regret. Give problems with larger budgets, or more."
+        )
 
     def mean(name: str, of: Sequence[Judged] = inside) -> float:
         return float(np.mean([j.regret(name) for j in of]))

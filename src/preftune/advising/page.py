@@ -138,7 +138,8 @@ def _rows(result: Mapping[str, Any]) -> list[Any]:
 def _layout(y: str, barmode: str) -> dict[str, Any]:
     return {
         "yaxis": {"title": {"text": y}}, "xaxis": {"tickangle": -40, "automargin": True},
-        "margin": {"b": 120, "t": 20, "l": 60, "r": 20}, "barmode": barmode, "showlegend": True, "height": 440,
+        "margin": {"b": 120, "t": 20, "l": 60, "r": 20}, "barmode": barmode,
+        "showlegend": True, "height": 440,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ are all `vocab ** length` strings of tokens, numbered with the first token count
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preftune import durable
+from preftune import durable, fingerprint
 from preftune.errors import UserError
 from preftune.numerics import first_wins, normal, stream_key, uniform
 from preftune.policies.tree import all_responses
@@ -24,8 +25,9 @@ from preftune.theory.linear_reward import fit_linear_reward
 FORMAT = "preftune-problem/1"
 WIDTH = 192
 """Random features of a reward model."""
-MOST_RESPONSES = 4096
-"""Of an enumerable problem, to a state."""
+MOST_RESPONSES, MOST_IN_ALL, MOST_PAIRS = 4096, 8192, 100_000
+"""Responses of an enumerable problem to a state and in all (a reward model counts wins of each over
+each), and pairs."""
 LabelSource = Literal["rm_same", "rm_other", "human", "true"]
 Features = Literal["network", "neighbours", "tokens"]
 
@@ -166,6 +168,11 @@ def save(problem: Problem, folder: Path) -> Path:
     return path
 
 
+def digest(problem: Problem) -> str:
+    """Of all that a problem is."""
+    return fingerprint.digest(json.dumps(_rounded(asdict(problem)), sort_keys=True))
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
@@ -186,6 +193,13 @@ def load_all(folder: Path) -> list[Problem]:
     return [load(path) for path in paths]
 
 
+_WRONG = (
+    KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError,
+    RuntimeError,
+)  # fmt: skip
+"""What data that are not as the schema says raise on their way."""
+
+
 @lru_cache(maxsize=1024)
 def load(path: Path) -> Problem:
     """Read one.
@@ -195,11 +209,11 @@ def load(path: Path) -> Problem:
     """
     try:
         plain = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"problem '{path}': cannot be read ({error}).") from error
     try:
         return checked(plain)
-    except (KeyError, TypeError, ValueError) as error:
+    except _WRONG as error:
         what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"problem '{path}': {what}. See docs/advise.md for the schema.") from error
 
@@ -218,32 +232,44 @@ def checked(plain: Mapping[str, Any]) -> Problem:
     if data is not None:
         rest["pairs"] = _drawn_pairs(data, rest)
     labels, prices = plain["labels"], {k: float(v) for k, v in plain["prices"].items()}
-    if labels["source"] not in get_args(LabelSource):
-        known = ", ".join(get_args(LabelSource))
-        raise ValueError(f"labels.source '{labels['source']}' is none of {known}")
+    _check_labels(labels)
     for name in ("beta", "budget"):
         rest[name] = float(rest[name])
-        if not rest[name] > 0:
-            raise ValueError(f"'{name}' is not above 0")
-    if min(prices.values()) < 0:
-        raise ValueError("a price is below 0")
+        if not (math.isfinite(rest[name]) and rest[name] > 0):
+            raise ValueError(f"'{name}' is not a number above 0")
+    if not all(math.isfinite(p) and p >= 0 for p in prices.values()):
+        raise ValueError("a price is not a number of 0 or more")
+    if not all(isinstance(rest[name], str) for name in ("name", "family")):
+        raise ValueError("'name' and 'family' are texts")
     found = Problem(**rest, labels=Labels(**labels), prices=Prices(**prices))
     _finite("reference", found.reference, (found.states, size))
     _finite("reward", found.reward, (found.states, size))
     if found.labels.source == "rm_other":
         _finite("labels.reward", found.labels.reward, (found.states, size))
-    _check_pairs(found.pair_table(), found.states, size)
+    _check_pairs(found.pairs, found.states, size)
     return found
+
+
+def _check_labels(labels: Mapping[str, Any]) -> None:
+    for name, kind, at_first in (("source", LabelSource, None), ("features", Features, "network")):
+        value = labels.get(name, at_first)
+        if value not in get_args(kind):
+            raise ValueError(f"labels.{name} '{value}' is none of {', '.join(get_args(kind))}")
+    ridge = labels.get("ridge", 1.0)
+    if not isinstance(ridge, float) or not (math.isfinite(ridge) and ridge > 0):
+        raise ValueError("labels.ridge is not a number above 0")
 
 
 def _size(rest: Mapping[str, Any]) -> int:
     """Responses to a state."""
     counts = [rest[name] for name in ("states", "vocab", "length")]
-    if not all(isinstance(n, int) and n > 0 for n in counts) or counts[1] < 2:
+    if not all(type(n) is int and n > 0 for n in counts) or counts[1] < 2:
         raise ValueError("'states', 'vocab' (2 or more) and 'length' are whole numbers above 0")
+    if counts[2] > 12 or counts[1] ** counts[2] > MOST_RESPONSES:
+        raise ValueError(f"more than {MOST_RESPONSES} responses to a state")
     size = counts[1] ** counts[2]
-    if size > MOST_RESPONSES:
-        raise ValueError(f"{size} responses to a state are more than {MOST_RESPONSES}")
+    if counts[0] * size > MOST_IN_ALL:
+        raise ValueError(f"{counts[0] * size} responses in all are more than {MOST_IN_ALL}")
     return size
 
 
@@ -253,10 +279,14 @@ def _finite(name: str, value: Any, shape: tuple[int, int]) -> None:
         raise ValueError(f"'{name}' is not a finite table of {shape[0]} x {shape[1]}")
 
 
-def _check_pairs(table: Tensor, states: int, size: int) -> None:
-    limits = torch.tensor([states, size, size])
-    if not len(table) or bool((table < 0).any()) or bool((table >= limits).any()):
-        raise ValueError("'pairs' are not rows of [state, chosen, rejected] within range")
+def _check_pairs(pairs: Any, states: int, size: int) -> None:
+    limits = (states, size, size)
+    for row in pairs:
+        whole = isinstance(row, list) and len(row) == 3 and all(type(n) is int for n in row)
+        if not whole or not all(0 <= n < most for n, most in zip(row, limits, strict=True)):
+            raise ValueError("'pairs' are not rows of [state, chosen, rejected] within range")
+    if not pairs:
+        raise ValueError("'pairs' is empty")
 
 
 def _drawn_pairs(data: Mapping[str, Any], rest: Mapping[str, Any]) -> Sequence[Sequence[int]]:
@@ -264,7 +294,11 @@ def _drawn_pairs(data: Mapping[str, Any], rest: Mapping[str, Any]) -> Sequence[S
     flipped, `seed`; preferred by Bradley-Terry on the true reward."""
     law = torch.tensor(data["policy"], dtype=torch.float64).softmax(-1)
     reward = torch.tensor(rest["reward"], dtype=torch.float64)
-    n, key = int(data["pairs"]), stream_key(int(data.get("seed", 0)), "pairs")
+    if law.shape != reward.shape or not bool(law.isfinite().all()):
+        raise ValueError("'data.policy' is not a finite table like 'reward'")
+    if not (type(data["pairs"]) is int and 0 < data["pairs"] <= MOST_PAIRS):
+        raise ValueError(f"'data.pairs' is not a whole number of 1 to {MOST_PAIRS}")
+    n, key = data["pairs"], stream_key(int(data.get("seed", 0)), "pairs")
     state = torch.arange(n) % rest["states"]
     u = uniform(key, torch.arange(n)[:, None], torch.arange(4))
     cdf = law.cumsum(-1)[state]

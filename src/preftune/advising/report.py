@@ -17,6 +17,8 @@ from preftune.errors import UserError
 
 GOAL = 0.1
 """Mean regret."""
+NEVER = 1e9
+"""A lead that no row has."""
 
 
 def shipped_tuning() -> Tuned:
@@ -70,14 +72,14 @@ def shipping(done: Studied, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sure_from(each: Sequence[Mapping[str, Any]]) -> float:
-    """The least lead from which on the mean regret, on families not seen, is within the goal; the
-    largest lead there is where none is."""
+    """The least lead from which on the mean regret, on families not seen, is within the goal;
+    `NEVER` where there is none."""
     inside = sorted((x for x in each if x["inside"]), key=lambda x: -x["lead"])
     regrets = np.array([1 - x["advice_gain"] / x["gain"] for x in inside])
     mean = np.cumsum(regrets) / np.arange(1, len(regrets) + 1)
     good = np.nonzero(mean <= GOAL)[0]
     good = good[good >= len(regrets) // 10]  # a tenth of them, lest it be one lucky problem
-    return float(inside[int(good.max())]["lead"] if len(good) else inside[0]["lead"])
+    return float(inside[int(good.max())]["lead"]) if len(good) else NEVER
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """`preftune advise-study`: draw problems, run the candidates, and measure what advice is worth."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ SELECTION, FRESH = (0, 1), (10, 11, 12, 13)
 PATIENCE = 3
 """Places of a curve without a better reward after which a row that stops by itself does."""
 STOPS = {"auto": PATIENCE}
+LEAST_FAMILIES = 3
 Tick = Callable[[str], Callable[[int, int], None]]
 
 
@@ -65,10 +65,10 @@ def run(
     """
     each = problem.load_all(problems)
     families = sorted({p.family for p in each})
-    if tuned is None and len(families) < 2:
+    if tuned is None and len(families) < LEAST_FAMILIES:
         raise UserError(
-            f"problems '{problems}': all are of the family '{families[0]}'. Rules are judged on "
-            "families that they have not seen, so that there must be two."
+            f"problems '{problems}': {len(families)} families. Rules are judged on families that "
+            f"they have not seen, and chosen likewise: there must be {LEAST_FAMILIES}."
         )
     rows, place = candidates.names(), str(problems.resolve())
     every = [
@@ -118,19 +118,17 @@ def _advance(
 def _diagnosed(
     each: Sequence[Problem], path: Path, workers: int, tick: Callable[[int, int], None]
 ) -> list[Seen]:
-    """Each problem's diagnosis; those on disk are not made again."""
-    held = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            one = json.loads(line)
-            held[one["problem"]] = Seen.of_plain(one)
-    missing = [p for p in each if p.name not in held]
+    """Each problem's diagnosis; those on disk, of the very same problem, are not made again."""
+    folder, keys = RunFolder(path.parent), [problem.digest(p) for p in each]
+    held = {r["problem"]: Seen.of_plain(r) for r in folder.read(path.name)}
+    missing = [(k, p) for k, p in zip(keys, each, strict=True) if k not in held]
     with ProcessPoolExecutor(max(workers, 1), get_context("spawn"), study.one_core) as pool:
-        for done, (p, found) in enumerate(zip(missing, pool.map(look, missing), strict=True), 1):
-            held[p.name] = found
-            RunFolder(path.parent).append(path.name, [{"problem": p.name, **found.plain()}])
+        made = pool.map(look, [p for _, p in missing])
+        for done, ((key, _), found) in enumerate(zip(missing, made, strict=True), 1):
+            held[key] = found
+            folder.append(path.name, [{"problem": key, **found.plain()}])
             tick(len(each) - len(missing) + done, len(each))
-    return [held[p.name] for p in each]
+    return [held[k] for k in keys]
 
 
 def circumstances(p: Problem) -> Circumstances:

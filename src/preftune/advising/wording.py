@@ -79,25 +79,27 @@ SOURCE = {
     "human": "fresh labels are bought one by one",
 }
 _OF_SOURCE = {
-    "human_log_fresh": ("human", "log_fresh"), "rm_same_log_pairs": ("rm_same", "log_pairs"),
-    "rm_same_log_beta": ("rm_same", "log_beta"), "human_log_beta": ("human", "log_beta"),
+    "human_log_fresh": "log_fresh", "rm_same_log_pairs": "log_pairs",
+    "rm_same_log_beta": "log_beta", "human_log_beta": "log_beta",
 }  # fmt: skip
 """Signs that are another one for one label source, and 0 for all others."""
+QUANTITIES = {
+    "budget": Words("", "the budget, in responses trained on,", form=_COUNT),
+    "pairs": Words("", "the number of pairs", form=_COUNT),
+    "label_price": Words("", "the price of a label", form="{:.3g}"),
+    "sample_price": Words("", "the price of a sample", form="{:.3g}"),
+    "beta": Words("", "beta", form="{:.3g}"),
+}
+"""Of the circumstances, what a user may change."""
 
 
 def plain_sign(name: str) -> str:
-    """The sign that one crossed with a label source is about; is_SOURCE stays."""
-    return _OF_SOURCE[name][1] if name in _OF_SOURCE else name
-
-
-def moves(name: str, source: str) -> dict[str, float]:
-    """What moves with a sign, where that source labels."""
-    return {name: 1.0} | {c: 1.0 for c, (s, n) in _OF_SOURCE.items() if (s, n) == (source, name)}
+    """The sign that one crossed with a label source is about; all others are their own."""
+    return _OF_SOURCE.get(name, name)
 
 
 def reason(name: str, value: float | None, known: Circumstances) -> str | None:
     """What a sign says, in words; None where it is not known."""
     if name.startswith("is_"):
         return SOURCE.get(known.source)
-    own = WORDS[plain_sign(name)]
-    return None if value is None else own.said.format(own.value(value))
+    return None if value is None else WORDS[name].said.format(WORDS[name].value(value))
