@@ -188,7 +188,7 @@ def _by_circumstances(
     moving along; and how far that is, a factor of e counting as one."""
 
     def leads(**changed: Any) -> bool:
-        there = signs | replace(given, **changed).signs()
+        there = {**signs, **replace(given, **changed).signs()}
         worth = rule.worth(there)
         return worth[row] > worth[rival]
 
