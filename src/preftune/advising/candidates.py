@@ -50,6 +50,11 @@ def _row(name: str) -> Method:
     return spec.from_row(own) if own else methods.get(name)
 
 
+def ends_by_itself(row: str) -> bool:
+    """Its reward no longer rising, it stops."""
+    return _row(row).patience is not None
+
+
 def names() -> list[str]:
     """Of the rows."""
     return list(_all())

@@ -20,7 +20,6 @@ SELECTION, FRESH = (0, 1), (10, 11, 12, 13)
 """Seeds."""
 PATIENCE = 3
 """Places of a curve without a better reward after which a row that stops by itself does."""
-STOPS = {"auto": PATIENCE}
 LEAST_FAMILIES = 3
 Tick = Callable[[str], Callable[[int, int], None]]
 
@@ -78,7 +77,8 @@ def run(
         for s in candidates.settings_of(r)
         if tuned is None or s.place == tuned[r]
     ]
-    runs = Runs(problems=each, rows=rows, stops=STOPS)
+    stops = dict.fromkeys(filter(candidates.ends_by_itself, rows), PATIENCE)
+    runs = Runs(problems=each, rows=rows, stops=stops)
     both = study.Study(output / "runs", workers)
     _advance(both, running.jobs(place, each, every, SELECTION, seed_base), runs, tick("selection"))
     by_family = dict.fromkeys(families, tuned) if tuned is not None else _tuned(runs, families)
