@@ -16,7 +16,7 @@ import pytest
 from preftune.errors import UserError
 from preftune.report import write_report
 from preftune.report.figures import charts
-from preftune.report.page import embed_json
+from preftune.report.frame import embed_json
 from preftune.report.read import best_of_n, read_runs
 from preftune.report.tables import decimals_for, number
 

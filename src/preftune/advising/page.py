@@ -1,15 +1,12 @@
 """One self-contained page of a study of advice."""
 
 import html
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from preftune.durable import write_text
-from preftune.report.page import embed_json
+from preftune.report import frame
 
 WORST = 25
 """Problems that are listed."""
@@ -18,25 +15,16 @@ SHOWN = ("advice", "best fixed", "half_and_half", "successive halving")
 
 def write_page(path: Path, result: Mapping[str, Any]) -> Path:
     """Write the page; it appears whole or not at all."""
-    from plotly.offline import get_plotlyjs
-
-    report = resources.files("preftune.report")
     figures = {"families": _families(result), "rows": _rows(result)}
-    text = Template(
-        resources.files("preftune.advising").joinpath("page.html").read_text("utf-8")
-    ).substitute(
-        style=report.joinpath("page.css").read_text("utf-8"),
-        facts=_facts(result),
-        how=html.escape(result["how"]),
-        competitors=_competitors(result),
-        families=_family_table(result),
-        worst=_worst(result),
-        apart=_apart(result),
-        figures=embed_json(figures),
-        plotly=get_plotlyjs(),
-        script=report.joinpath("page.js").read_text("utf-8"),
-    )
-    write_text(path, text)
+    parts = {
+        "facts": _facts(result),
+        "how": html.escape(result["how"]),
+        "competitors": _competitors(result),
+        "families": _family_table(result),
+        "worst": _worst(result),
+        "apart": _apart(result),
+    }
+    write_text(path, frame.page("preftune.advising", "preftune advise-study", figures, parts))
     return path
 
 
@@ -47,10 +35,7 @@ def _facts(result: Mapping[str, Any]) -> str:
         "Successive halving": f"{result['halving_regret']:.3f}",
         "Problems": f"{result['problems']} ({len(result['apart'])} apart)",
     }
-    inside = "".join(
-        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()
-    )
-    return f'<dl class="facts">{inside}</dl>'
+    return frame.facts(facts)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -141,8 +126,3 @@ def _layout(y: str, barmode: str) -> dict[str, Any]:
         "margin": {"b": 120, "t": 20, "l": 60, "r": 20}, "barmode": barmode,
         "showlegend": True, "height": 440,
     }  # fmt: skip
-
-
-def write_results(path: Path, result: Mapping[str, Any]) -> None:
-    """advice.json, whole or not at all."""
-    write_text(path, json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,5 @@
 """Results of a study of advice: advice.json, a page, the rule that would be shipped."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from preftune.advising.advise import shipped
 from preftune.advising.assess import ADVICE
 from preftune.advising.regret import Tuned
 from preftune.advising.study import FRESH, SELECTION, Studied
-from preftune.durable import write_text
 from preftune.errors import UserError
+from preftune.runs import RunFolder
 
 GOAL = 0.1
 """Mean regret."""
@@ -38,18 +37,19 @@ def shipped_tuning() -> Tuned:
 
 def conclude(done: Studied, output: Path, *, fit: bool) -> dict[str, Any]:
     """Judge, and write advice.json and advice.html (and rule.json where rules are fitted)."""
+    folder = RunFolder(output)
     if fit:
         result, inner = assess.cross_validated(done)
         result["how"] = "Rules and settings were fitted without the family that they are judged on."
         result["inner"] = inner
         rule = shipping(done, result)
         result["sure"] = rule["sure"]
-        write_text(output / "rule.json", json.dumps(rule) + "\n")
+        folder.write_json("rule.json", rule)
     else:
         result = assess.as_shipped(done)
         result["how"] = "The shipped rule, with the settings that it ships with."
     result["seeds"] = {"selection": list(SELECTION), "fresh": list(FRESH)}
-    page.write_results(output / "advice.json", result)
+    folder.write_json("advice.json", result)
     page.write_page(output / "advice.html", result)
     return result
 

@@ -2,9 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from preftune.diagnosis.charts import charts
@@ -12,7 +10,7 @@ from preftune.diagnosis.measure import Measured
 from preftune.diagnosis.reading import DOCUMENTED
 from preftune.durable import write_text
 from preftune.estimators.estimate import Estimate
-from preftune.report.page import embed_json
+from preftune.report import frame
 
 NOTE = "Nobody has measured what this advice is worth."
 
@@ -36,29 +34,23 @@ def write_page(
         verdict: lines of text; the first is the headline, indented ones belong to it.
         note: what the advice is worth: up to models of which size it was validated, if it was.
     """
-    from plotly.offline import get_plotlyjs
-
     shown = charts(measured, figures)
-    report = resources.files("preftune.report")
-    own = resources.files("preftune.diagnosis").joinpath("page.html").read_text("utf-8")
-    text = Template(own).substitute(
-        style=report.joinpath("page.css").read_text("utf-8"),
-        title=_text(title),
-        heading=_text(heading),
-        note=_text(note),
-        facts=_facts(facts),
-        verdict=_verdict(verdict),
-        charts="".join(
+    parts = {
+        "title": _text(title),
+        "heading": _text(heading),
+        "note": _text(note),
+        "facts": _facts(facts),
+        "verdict": _verdict(verdict),
+        "charts": "".join(
             f"<figure><h3>{_text(c.title)}</h3><figcaption>{_text(c.reading)}</figcaption>"
             f'<div class=chart id="chart-{c.name}"></div></figure>'
             for c in shown
         ),
-        table=_table(figures),
-        data=_data(data),
-        figures=embed_json({c.name: [c.data, c.layout] for c in shown}),
-        plotly=get_plotlyjs() if shown else "",
-        script=report.joinpath("page.js").read_text("utf-8"),
-    )
+        "table": _table(figures),
+        "data": _data(data),
+    }
+    drawn = {c.name: [c.data, c.layout] for c in shown}
+    text = frame.page("preftune.diagnosis", f"preftune: {title}", drawn, parts)
     write_text(path, text, errors="replace")
     return path
 
@@ -86,12 +78,7 @@ def _verdict(lines: Sequence[str]) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    items = (
-        f"<div><dt>{_text(name.replace('_', ' '))}</dt><dd>{_text(value)}</dd></div>"
-        for name, value in facts.items()
-        if value is not None
-    )
-    return f'<dl class="facts">{"".join(items)}</dl>'
+    return frame.facts({k.replace("_", " "): v for k, v in facts.items() if v is not None})
 
 
 def _table(figures: Mapping[str, Estimate]) -> str:

@@ -1,15 +1,12 @@
 """Puts the page together and writes it in one go."""
 
-import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from urllib.parse import quote
 
 from preftune import durable
 from preftune.errors import UserError
-from preftune.report import tables
+from preftune.report import frame, tables
 from preftune.report.alarms import alarms
 from preftune.report.drawing import Chart
 from preftune.report.figures import charts
@@ -60,33 +57,20 @@ def render(
     links: Mapping[str, str] | None = None,
 ) -> str:
     """The page about `runs` as a string."""
-    from plotly.offline import get_plotlyjs
-
     figures = charts(runs)
-    return Template(_resource("page.html")).substitute(
-        title=tables.text(title),
-        style=_resource("page.css"),
-        facts=tables.header_list(runs),
-        note=_note(note) + _links(links or {}),
-        methods=tables.methods_table(runs) + tables.all_figures(runs),
-        alarms=_section("alarms", "Alarms", alarms(runs)),
-        charts=_charts(runs, figures),
-        answers=_section("answers", "Answers to held-out prompts", tables.answers(runs)),
-        settings=tables.settings(runs),
-        figures=embed_json({chart.name: [chart.data, chart.layout] for chart in figures}),
-        plotly=get_plotlyjs() if figures else "",
-        script=_resource("page.js"),
+    parts = {
+        "title": tables.text(title),
+        "facts": tables.header_list(runs),
+        "note": _note(note) + _links(links or {}),
+        "methods": tables.methods_table(runs) + tables.all_figures(runs),
+        "alarms": _section("alarms", "Alarms", alarms(runs)),
+        "charts": _charts(runs, figures),
+        "answers": _section("answers", "Answers to held-out prompts", tables.answers(runs)),
+        "settings": tables.settings(runs),
+    }
+    return frame.page(
+        "preftune.report", title, {c.name: [c.data, c.layout] for c in figures}, parts
     )
-
-
-def embed_json(value: object) -> str:
-    """JSON that is safe inside a script element: no text in it can close or open one."""
-    encoded = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return encoded.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _resource(name: str) -> str:
-    return resources.files("preftune.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _note(note: str) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from preftune.report import frame
 from preftune.report.drawing import Style, reward_unit, styles
 from preftune.report.read import (
     Estimate,
@@ -74,7 +75,7 @@ def swatch(style: Style) -> str:
 
 def header_list(runs: Sequence[RunFolder]) -> str:
     """What was run, where the runs agree."""
-    items: list[str] = []
+    items: dict[str, object] = {}
     for key, name in HEADER.items():
         values = {
             run.settings[key]: None for run in runs if run.settings.get(key, "null") != "null"
@@ -87,8 +88,8 @@ def header_list(runs: Sequence[RunFolder]) -> str:
             LABEL_SOURCES.get(value, value) if key == "label_source" else value for value in values
         ]
         joined = shown[0] if len(shown) == 1 else f"{', '.join(shown[:4])} (differs between runs)"
-        items.append(f"<div><dt>{text(name)}</dt><dd>{text(joined)}</dd></div>")
-    return f'<dl class="facts">{"".join(items)}</dl>'
+        items[name] = joined
+    return frame.facts(items)
 
 
 def _percent(estimate: Estimate) -> Estimate:

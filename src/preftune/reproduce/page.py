@@ -3,13 +3,11 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from preftune.durable import write_text
-from preftune.report.page import embed_json
+from preftune.report import frame
 from preftune.reproduce.claims import Claim, Measured
 
 VERDICTS = {"holds": "holds", "does_not_hold": "does not hold", "not_seen": "not seen"}
@@ -24,23 +22,15 @@ def write_page(
     full: bool,
 ) -> Path:
     """Write the page; it appears whole or not at all."""
-    from plotly.offline import get_plotlyjs
-
     figures = {c.id: _traces(found[c.id].figure) for c in claims if found[c.id].figure is not None}
-    report = resources.files("preftune.report")
-    text = Template(
-        resources.files("preftune.reproduce").joinpath("page.html").read_text("utf-8")
-    ).substitute(
-        style=report.joinpath("page.css").read_text("utf-8"),
-        facts=_facts(rows, seed_base, full),
-        table=_table(rows),
-        claims="".join(_section(c, [r for r in rows if r["id"] == c.id], found[c.id])
-                       for c in claims),
-        figures=embed_json(figures),
-        plotly=get_plotlyjs() if figures else "",
-        script=report.joinpath("page.js").read_text("utf-8"),
-    )  # fmt: skip
-    write_text(path, text)
+    parts = {
+        "facts": _facts(rows, seed_base, full),
+        "table": _table(rows),
+        "claims": "".join(
+            _section(c, [r for r in rows if r["id"] == c.id], found[c.id]) for c in claims
+        ),
+    }
+    write_text(path, frame.page("preftune.reproduce", "preftune reproduce", figures, parts))
     return path
 
 
@@ -78,8 +68,7 @@ def _facts(rows: Sequence[Mapping[str, Any]], seed_base: int, full: bool) -> str
         "Verdicts": ", ".join(counts), "First seed": str(seed_base),
         "Grid": "full" if full else "each claim's own points",
     }  # fmt: skip
-    inside = "".join(f"<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
-    return f'<dl class="facts">{inside}</dl>'
+    return frame.facts(facts)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
