@@ -193,8 +193,9 @@ class Trunk:
         """Bytes that a training pass keeps for each token, weights left out: two short rows differ
         by so much."""
         kept, sizes = [], []
+        vocab = self.model.config.get_text_config().vocab_size
         for size in (16, 48) if self.device.type == "cpu" else (128, 256):  # a bucket each
-            ids = torch.arange(2, 2 + size)[None]
+            ids = torch.arange(2, 2 + size)[None] % vocab
             ones = torch.ones_like(ids).bool()
             layout = self.layout(ids[:, :1], ones[:, :1], ids[:, None, 1:], ones[:, None, 1:])
             with counting_kept() as total, torch.enable_grad():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from preftune.numerics import stream_keys, uniform
 from preftune.policies.base import Policy
-from preftune.samples import DATA, Samples
+from preftune.samples import DATA, REFERENCE, Samples
 from preftune.sampling.decoding import Uniform
 
 
@@ -83,3 +83,21 @@ def draws(seeds: tuple[int, ...], *name: object) -> Uniform:
 def mean_reward(reward: Float[Tensor, " V"], samples: Samples) -> Float[Tensor, "R N K"]:
     """The mean over tokens of each token's reward."""
     return reward[samples.tokens].mean(-1)
+
+
+def gumbel(keys: Int[Tensor, "*R 1 1"], samples: Samples) -> Float[Tensor, "*R N K"]:
+    """Noise of each sample, of mean 0.577: with it a ranking of two by reward is a draw of
+    Bradley-Terry. A sample that was drawn once and kept keeps its noise too."""
+    kept = samples.origin == REFERENCE
+    place = torch.where(kept, samples.row.unsqueeze(-1), torch.arange(kept.shape[-2])[:, None])
+    u = uniform(keys, samples.origin, place, torch.arange(kept.shape[-1]))
+    return -(-u.clamp(min=2.0**-53).log()).log()
+
+
+def reward_at(
+    reward: Float[Tensor, "R S A"], samples: Samples, vocab: int
+) -> Float[Tensor, "R N K"]:
+    """Of each sample, from a table of all responses in the order of `all_responses`."""
+    place = vocab ** torch.arange(samples.tokens.shape[-1] - 1, -1, -1)
+    number = samples.prompt * reward.shape[-1] + (samples.tokens * place).sum(-1)
+    return reward.flatten(1).gather(1, number.flatten(1)).view(number.shape)

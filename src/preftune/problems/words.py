@@ -16,8 +16,8 @@ from preftune import loop, methods
 from preftune.method import Method
 from preftune.numerics import first_wins, normal, stream_keys, uniform
 from preftune.policies.nets import Mlp
-from preftune.policies.tree import Tree, all_responses, context_features
-from preftune.problems.drawn import Drawn, recorded, scored
+from preftune.policies.tree import Tree, all_responses, context_features, response_features
+from preftune.problems.drawn import Drawn, gumbel, recorded, reward_at, scored
 from preftune.rounds import World
 from preftune.samples import Samples
 from preftune.theory.closed_form import kl, tilted
@@ -39,10 +39,7 @@ def responses() -> Int[Tensor, "A T"]:
 
 def features() -> Float[Tensor, "A F"]:
     """One-hots of each position's token and of each two neighbours: what learned rewards see."""
-    tokens = responses()
-    one = torch.nn.functional.one_hot(tokens, VOCAB).double()
-    two = one[:, :-1, :, None] * one[:, 1:, None, :]
-    return torch.cat([one.flatten(1), two.flatten(1)], -1)
+    return response_features(VOCAB, DEPTH)
 
 
 def _pieces(seeds: tuple[int, ...], name: str, scale: float) -> Float[Tensor, "R S A"]:
@@ -148,10 +145,7 @@ class Words:
 
         def judged(samples: Samples) -> Tensor:
             """With Gumbel noise: a ranking of two is then a draw of Bradley-Terry."""
-            place = torch.arange(samples.tokens.shape[1])[:, None]
-            u = uniform(keys, samples.origin, place, torch.arange(samples.tokens.shape[2]))
-            noise = -(-u.clamp(min=2.0**-53).log()).log()
-            return reward_at(judge, samples) + noise
+            return reward_at(judge, samples, VOCAB) + gumbel(keys, samples)
 
         return World(
             policy=policy, reference=reference, data=drawn, prompts=rows, reward=judged,
@@ -181,13 +175,6 @@ def worth(logp: Tensor, ref: Tensor, reward: Tensor, beta: float) -> dict[str, T
         "suboptimality": optimum - value,
         "mass_rare": torch.where(_has_rare(), p, 0.0).sum(-1).mean(-1),
     }  # fmt: skip
-
-
-def reward_at(reward: Float[Tensor, "R S A"], samples: Samples) -> Float[Tensor, "R N K"]:
-    """Of each sample."""
-    place = VOCAB ** torch.arange(DEPTH - 1, -1, -1)
-    number = samples.prompt * reward.shape[-1] + (samples.tokens * place).sum(-1)
-    return reward.flatten(1).gather(1, number.flatten(1)).view(number.shape)
 
 
 def counts(prompt: Tensor, both: Tensor) -> Float[Tensor, "R S A A"]:
