@@ -151,13 +151,15 @@ def transformer_world(row: Method, **more: Any) -> World:
 WORLDS = {"table": table_world, "transformer": transformer_world}
 
 
-def curve(name: str, scale: str, **more: Any) -> list[float]:
-    """The losses of twenty steps."""
+def curve(name: str, scale: str, steps: int = STEPS, **more: Any) -> list[float]:
+    """The losses of twenty steps, or of the first of them."""
     row = methods.resolve(methods.get(name))
     settings = loop.Settings(max_steps=STEPS, learning_rate=0.01)
     losses: list[float] = []
     state = loop.start(row, WORLDS[scale](row, **more), settings)
-    hooks = loop.Hooks(log=lambda step, metrics: losses.append(metrics["loss"]))
+    hooks = loop.Hooks(
+        log=lambda step, metrics: losses.append(metrics["loss"]), stop=lambda: len(losses) == steps
+    )
     loop.advance(state, settings, hooks)
     return losses
 

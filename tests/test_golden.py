@@ -20,7 +20,7 @@ def test_twenty_steps_of_every_row(name, scale):
 
 @pytest.mark.parametrize("name", methods.table())
 def test_micro_batches_change_nothing(name):
-    """One prompt a forward pass."""
+    """One prompt a forward pass; over four epochs and, of rows with two passes, four rounds."""
     torch.set_num_threads(1)
-    got = curve(name, "transformer", micro_batch_tokens=1)
-    assert got == pytest.approx(GOLDEN["transformer"][name], abs=1e-6, rel=1e-6)
+    got = curve(name, "transformer", steps=8, micro_batch_tokens=1)
+    assert got == pytest.approx(GOLDEN["transformer"][name][:8], abs=1e-6, rel=1e-6)

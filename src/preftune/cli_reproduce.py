@@ -1,12 +1,12 @@
 """preftune reproduce: the papers' claims with their verdicts."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from preftune.cli_train import JSON, print_json
 from preftune.errors import UserError
+from preftune.runs import unnamed
 
 FLAGS = [
     ("list", bool, False, "print the claims, run nothing"),
@@ -40,8 +40,7 @@ def reproduce(args: list[str]) -> int:
         return 0
     if own["resume"] and own["output"] is None:
         raise UserError("--resume: say which folder with --output.")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = Path(own["output"] or f"runs/reproduce-{stamp}")
+    folder = Path(own["output"]) if own["output"] else unnamed("reproduce")
     with Progress(console) as bar:
         done = runner.reproduce(
             own["ids"], folder=folder, full=own["full"], seed_base=own["seed_base"],

@@ -58,6 +58,43 @@ class Problem(Protocol):
         ...
 
 
+@runtime_checkable
+class Runnable(Protocol):
+    """Runs that differ in their seeds alone. A frozen dataclass: it goes to other processes."""
+
+    @property
+    def key(self) -> str:
+        """A name that is the same for the same runs, and for no others."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """Of a run."""
+        ...
+
+    @property
+    def chunk(self) -> int:
+        """Seeds that advance together."""
+        ...
+
+    @property
+    def cost(self) -> float:
+        """Milliseconds of a run, roughly."""
+        ...
+
+    def plain(self) -> dict[str, Any]:
+        """Everything that decides what its runs give."""
+        ...
+
+    def placed(self, folder: Path) -> "Runnable":
+        """The same runs, with a folder for what they make on the way; that is not part of them."""
+        ...
+
+    def run(self, seeds: tuple[int, ...]) -> list[Row]:
+        """Run some seeds in this process: a row a run and logged step, to the last step."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """Runs of one method with one setting on one problem."""
@@ -85,6 +122,25 @@ class Cell:
     def key(self) -> str:
         """A name that is the same for the same cell, and for no other."""
         return f"{self.method.name}-{stream_key(self.plain()):016x}"
+
+    @property
+    def chunk(self) -> int:
+        """See `Runnable.chunk`."""
+        return self.problem.chunk
+
+    @property
+    def cost(self) -> float:
+        """See `Runnable.cost`."""
+        before = 0.0 if self.after is None else self.after.cost
+        return before + self.problem.cost * self.updates
+
+    def placed(self, folder: Path) -> "Cell":
+        """See `Runnable.placed`."""
+        return self
+
+    def run(self, seeds: tuple[int, ...]) -> list[Row]:
+        """See `Runnable.run`."""
+        return advance(self, seeds)
 
     @property
     def settings(self) -> loop.Settings:
@@ -206,14 +262,14 @@ class Study:
             for row in RunFolder(self.folder).read("metrics.jsonl"):
                 self.rows.setdefault(row["cell"], []).append(row)
 
-    def _missing(self, cell: Cell, seeds: Sequence[int]) -> list[int]:
+    def _missing(self, cell: Runnable, seeds: Sequence[int]) -> list[int]:
         """Seeds whose runs are not there to the last step."""
         done = {r["seed"] for r in self.rows.get(cell.key, []) if r["step"] == cell.updates}
         return [s for s in seeds if s not in done]
 
     def run(
         self,
-        cells: Sequence[tuple[Cell, Sequence[int]]],
+        cells: Sequence[tuple[Runnable, Sequence[int]]],
         tick: Callable[[int, int], None] = lambda done, total: None,
         beside: Callable[[Executor | None], None] = lambda pool: None,
     ) -> None:
@@ -223,26 +279,26 @@ class Study:
             tick: told how many run-updates are done, of how many.
             beside: given the pool first, to send other work to it (None: no pool).
         """
-        jobs: dict[tuple[str, int], tuple[Cell, tuple[int, ...]]] = {}
+        jobs: dict[tuple[str, int], tuple[Runnable, tuple[int, ...]]] = {}
         for cell, seeds in cells:
-            left, size = self._missing(cell, seeds), cell.problem.chunk
+            left, size = self._missing(cell, seeds), cell.chunk
             for start in range(0, len(left), size):
                 part = tuple(left[start : start + size])
                 jobs[cell.key, part[0]] = (cell, part)
-        ordered = sorted(jobs.values(), key=lambda j: -_cost(*j))
+        ordered = sorted(jobs.values(), key=lambda j: -j[0].cost * len(j[1]))
         total, done = sum(c.updates * len(s) for c, s in ordered), 0
         if self.workers == 0:
             beside(None)
             for cell, seeds in ordered:
-                self._keep(cell, advance(cell, seeds))
+                self._keep(cell, cell.run(seeds))
                 done += cell.updates * len(seeds)
                 tick(done, total)
             return
         with ProcessPoolExecutor(self.workers, get_context("spawn"), one_core) as pool:
             try:
                 beside(pool)
-                waiting: dict[Future[list[Row]], tuple[Cell, tuple[int, ...]]] = {
-                    pool.submit(advance, *job): job for job in ordered
+                waiting: dict[Future[list[Row]], tuple[Runnable, tuple[int, ...]]] = {
+                    pool.submit(job[0].run, job[1]): job for job in ordered
                 }
                 while waiting:
                     ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -255,20 +311,15 @@ class Study:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _keep(self, cell: Cell, rows: list[Row]) -> None:
+    def _keep(self, cell: Runnable, rows: list[Row]) -> None:
         rows = [{"cell": cell.key, **r} for r in rows]
         self.rows.setdefault(cell.key, []).extend(rows)
         if self.folder is not None:
             RunFolder(self.folder).append("metrics.jsonl", rows)
 
-    def curves(self, cell: Cell, seeds: Sequence[int]) -> Curves:
+    def curves(self, cell: Runnable, seeds: Sequence[int]) -> Curves:
         """What the runs of a cell gave; it must have been run."""
         return curves(self.rows[cell.key], seeds)
-
-
-def _cost(cell: Cell, seeds: tuple[int, ...]) -> float:
-    before = 0.0 if cell.after is None else _cost(cell.after, seeds)
-    return before + cell.problem.cost * cell.updates * len(seeds)
 
 
 def one_core() -> None:

@@ -1,6 +1,7 @@
 """Claims as they were fixed, verdicts, and the command from end to end on small studies."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from preftune import cli
 from preftune.errors import UserError
+from preftune.problems import tokens, words
 from preftune.reproduce import claims as claims_module
 from preftune.reproduce import page, runner
 from preftune.reproduce.claims import (
@@ -31,16 +33,24 @@ c12-diversity-gap d1-replay d2-isomorphic d4-label-source d5-misspecified contro
 control-reversed-e3""".split()
 
 
+LANGUAGE = """e5-similarity e5-capacity e6-min e6-skew e6-mode e8-learned-rm fail-1 fail-2 fail-3
+open-1 open-3 check-1 check-2 c7-hypo-reward c8-hypo-kl c9-hypo-cost d3-simplemix""".split()
+GROUPS = ("bandits", "language", "model")
+
+
 def test_the_ids_are_frozen() -> None:
-    assert list(load()) == IDS
+    assert [k for k, c in load().items() if c.group == "bandits"] == IDS
+    assert set(LANGUAGE) <= {c.id for c in load().values() if c.group == "language"}
+    assert {c.group for c in load().values()} <= set(GROUPS)
 
 
 def test_every_claim_can_be_measured() -> None:
     runner._experiments()
-    assert set(EXPERIMENTS) == set(IDS)
+    named = {c.by or c.key for c in load().values()}
+    assert named <= set(EXPERIMENTS) <= {*IDS, *named}
 
 
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("name", list(load()))
 def test_a_claim_says_what_it_needs(name: str) -> None:
     """One sentence, a source, a statistic, a margin, enough seeds."""
     claim = load()[name]
@@ -48,8 +58,9 @@ def test_a_claim_says_what_it_needs(name: str) -> None:
     for part in claim.parts:
         assert part.statistic and part.direction in ("greater", "less", "within")
         assert part.margin > 0 or part.direction != "within"
+    least = {"language": 5, "model": 3, "bandits": 32}[claim.group]
     assert claim.seeds == 1 or claim.seeds >= (
-        5 if claim.settings.get("problem") == "tokens" else 32
+        5 if claim.settings.get("problem") == "tokens" else least
     )
 
 
@@ -82,8 +93,11 @@ def test_an_interval_is_over_seeds_and_one_number_is_exact() -> None:
 
 
 def test_groups_and_names() -> None:
-    assert [c.id for c in choose([])] == [c.id for c in choose(["bandits"])] == IDS
-    assert [c.id for c in choose(["first-1", "e3-r1"])] == ["e3-r1", "first-1"], "the file's order"
+    assert [c.id for c in choose(["bandits"])] == IDS
+    assert {c.group for c in choose([])} == {"bandits", "language"}, "no hours unasked for"
+    assert [c.id for c in choose(["first-2", "e3-r1"])] == ["e3-r1", "first-2"], "the file's order"
+    assert [c.key for c in choose(["first-1"])] == ["first-1", "first-1-synthetic"], "every scale"
+    assert [c.key for c in choose(["first-1-synthetic"])] == ["first-1-synthetic"]
     with pytest.raises(UserError, match="e3-r1"):
         choose(["e3-r"])
 
@@ -118,8 +132,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
             parts=tuple(replace(p, seeds=p.seeds and 4) for p in claim.parts),
         )
         for name, claim in load().items()
+        if claim.group == "bandits"
     }
     monkeypatch.setattr(claims_module, "load", lambda: dict(found))
+
+    def as_it_starts(network: Callable[[tuple[int, ...]], Any]) -> Callable[..., Any]:
+        return lambda seeds: tuple(t.detach() for _, t in network(seeds).tensors())
+
+    # references: training one takes seconds a seed, and test_laboratory.py does it
+    monkeypatch.setattr(tokens, "_pretrained", as_it_starts(tokens._network))
+    monkeypatch.setattr(words, "_weights", as_it_starts(words._untrained))
 
 
 def _command(*args: str, capsys: pytest.CaptureFixture[str]) -> Any:
@@ -178,7 +200,9 @@ def test_seeds_move_together(tmp_path: Path, small: None, capsys) -> None:
 def test_listing_runs_nothing(capsys) -> None:
     assert cli.run(["reproduce", "--list", "--json", "c8-hypo-kl", "e3-r1"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [r["id"] for r in rows] == ["e3-r1", *["c8-hypo-kl"] * 3]
+    assert [(r["id"], r["scale"]) for r in rows] == [
+        ("e3-r1", "bandit"), *[("c8-hypo-kl", "bandit")] * 3, *[("c8-hypo-kl", "synthetic")] * 2
+    ]  # fmt: skip
     assert all(r["verdict"] is None and r["measured"] is None for r in rows)
     assert cli.run(["reproduce", "--list"]) == 0
     assert "control-null-dpo" in capsys.readouterr().out

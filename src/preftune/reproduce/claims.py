@@ -10,7 +10,7 @@ from torch import Tensor
 
 from preftune.errors import UserError, nearest
 from preftune.figures import interval
-from preftune.study import Cell, Curves
+from preftune.study import Curves, Runnable
 
 Direction = Literal["greater", "less", "within"]
 Verdict = Literal["holds", "does_not_hold", "not_seen"]
@@ -45,6 +45,13 @@ class Claim:
     scale: str = "bandit"
     label_source: str = "true"
     group: str = "bandits"
+    by: str = ""
+    """The experiment that measures it; "" is one of its own, by its id."""
+
+    @property
+    def key(self) -> str:
+        """The id and, where it is not a bandit's, the scale: one id may stand at several."""
+        return self.id if self.scale == "bandit" else f"{self.id}-{self.scale}"
 
 
 @dataclass(kw_only=True)
@@ -61,7 +68,7 @@ class Measured:
     """What a reader must know beside the number."""
 
 
-Cells = Mapping[str, tuple[Cell, Sequence[int]]]
+Cells = Mapping[str, tuple[Runnable, Sequence[int]]]
 """By name: what must be run for a claim, and with which seeds."""
 Plan = Callable[[Claim, Sequence[int], bool], Cells]
 """(claim, seeds, full) -> cells; `full` adds the rest of the claim's grid."""
@@ -78,12 +85,27 @@ class Experiment:
     """None: exact, nothing is trained by the loop."""
 
 
+FILES = {
+    "claims.yaml": {},
+    "language.yaml": {"group": "language", "scale": "synthetic", "label_source": "rm_same"},
+    "model.yaml": {"group": "model", "scale": "model", "label_source": "rm_same"},
+}  # fmt: skip
+"""Of claims, and what all of a file have in common."""
+BY_NAME = {"model"}
+"""Groups that are run only where they are named: they take hours."""
+
+
 def load() -> dict[str, Claim]:
-    """Every claim, in the order of the file."""
+    """Every claim by its key, in the order of the files."""
     import yaml
 
-    text = resources.files("preftune.reproduce").joinpath("claims.yaml").read_text("utf-8")
-    return {name: _claim(name, entry) for name, entry in yaml.safe_load(text).items()}
+    found: dict[str, Claim] = {}
+    for name, common in FILES.items():
+        text = resources.files("preftune.reproduce").joinpath(name).read_text("utf-8")
+        for one, entry in yaml.safe_load(text).items():
+            claim = _claim(one, common | entry)
+            found[claim.key] = claim
+    return found
 
 
 def _claim(name: str, entry: dict[str, Any]) -> Claim:
@@ -96,22 +118,28 @@ def _claim(name: str, entry: dict[str, Any]) -> Claim:
 
 
 def choose(ids: Sequence[str]) -> list[Claim]:
-    """The claims of these ids or groups; all if none is given.
+    """The claims of these ids (at every scale), keys or groups; all if none is given.
 
     Raises:
         UserError: an id that is neither.
     """
     known = load()
-    groups = {claim.group for claim in known.values()}
-    wanted: dict[str, Claim] = {}
-    for name in ids or sorted(groups):
-        if name not in known and name not in groups:
+    names = {n for c in known.values() for n in (c.id, c.key, c.group)}
+    for name in ids:
+        if name not in names:
             raise UserError(
-                f"claim '{name}' is unknown.{nearest(name, [*known, *groups])} "
-                "See preftune reproduce --list."
+                f"claim '{name}' is unknown.{nearest(name, names)} See preftune reproduce --list."
             )
-        wanted |= {k: c for k, c in known.items() if name in (k, c.group)}
-    return [c for c in known.values() if c.id in wanted]
+    if not ids:
+        return [c for c in known.values() if c.group not in BY_NAME]
+    found = [c for c in known.values() if {c.id, c.key, c.group} & set(ids)]
+    # an id that also stands elsewhere does not mean what takes hours
+    quick = {c.id for c in found if c.group not in BY_NAME}
+    return [c for c in found if c.id not in quick or _meant(c, ids)]
+
+
+def _meant(claim: Claim, ids: Sequence[str]) -> bool:
+    return claim.group not in BY_NAME or bool({claim.key, claim.group} & set(ids))
 
 
 def judge(part: Part, low: float, high: float) -> Verdict:

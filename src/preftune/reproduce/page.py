@@ -22,12 +22,14 @@ def write_page(
     full: bool,
 ) -> Path:
     """Write the page; it appears whole or not at all."""
-    figures = {c.id: _traces(found[c.id].figure) for c in claims if found[c.id].figure is not None}
+    figures = {
+        c.key: _traces(found[c.key].figure) for c in claims if found[c.key].figure is not None
+    }
     parts = {
         "facts": _facts(rows, seed_base, full),
         "table": _table(rows),
         "claims": "".join(
-            _section(c, [r for r in rows if r["id"] == c.id], found[c.id]) for c in claims
+            _section(c, [r for r in rows if key(r) == c.key], found[c.key]) for c in claims
         ),
     }
     write_text(path, frame.page("preftune.reproduce", "preftune reproduce", figures, parts))
@@ -57,9 +59,14 @@ def needed(row: Mapping[str, Any]) -> str:
     return f"{sign}{row['margin']:g}"
 
 
+def key(row: Mapping[str, Any]) -> str:
+    """Of its claim (`Claim.key`)."""
+    return str(row["id"] if row["scale"] == "bandit" else f"{row['id']}-{row['scale']}")
+
+
 def name(row: Mapping[str, Any]) -> str:
-    """The id, and which part of it."""
-    return f"{row['id']}: {row['part']}" if row["part"] else str(row["id"])
+    """The claim, and which part of it."""
+    return f"{key(row)}: {row['part']}" if row["part"] else key(row)
 
 
 def _facts(rows: Sequence[Mapping[str, Any]], seed_base: int, full: bool) -> str:
@@ -73,7 +80,7 @@ def _facts(rows: Sequence[Mapping[str, Any]], seed_base: int, full: bool) -> str
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
-        f'<tr><th scope="row"><a href="#{r["id"]}">{html.escape(name(r))}</a></th>'
+        f'<tr><th scope="row"><a href="#{key(r)}">{html.escape(name(r))}</a></th>'
         f"<td>{html.escape(r['claim'])}</td><td>{shown(r)}</td><td>{needed(r)}</td>"
         f"<td><b>{VERDICTS[r['verdict']]}</b></td></tr>"
         for r in rows
@@ -96,11 +103,11 @@ def _section(claim: Claim, rows: Sequence[Mapping[str, Any]], measured: Measured
         title = measured.figure.layout.title.text or ""
         chart = (
             f'<figure class="alone"><h3>{html.escape(title)}</h3><figcaption></figcaption>'
-            f'<div class="chart" id="chart-{claim.id}"></div></figure>'
+            f'<div class="chart" id="chart-{claim.key}"></div></figure>'
         )
     seeds = rows[0]["seeds"]
     return (
-        f'<section id="{claim.id}"><h2>{claim.id}</h2><p>{html.escape(claim.claim)}</p>'
+        f'<section id="{claim.key}"><h2>{claim.key}</h2><p>{html.escape(claim.claim)}</p>'
         f'<p class="caption">{html.escape(claim.source)}; labels: '
         f"{html.escape(claim.label_source)}; "
         f"{f'{seeds} seeds' if seeds else 'exact'}; settings: {html.escape(settings)}</p>"

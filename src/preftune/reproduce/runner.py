@@ -9,12 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from preftune.errors import UserError
-from preftune.reproduce.claims import EXPERIMENTS, Claim, Measured, choose, listed, verdicts
+from preftune.reproduce.claims import (
+    EXPERIMENTS,
+    Claim,
+    Experiment,
+    Measured,
+    choose,
+    listed,
+    verdicts,
+)
 from preftune.reproduce.page import write_page
 from preftune.runs import RunFolder
-from preftune.study import Cell, Study, one_thread
+from preftune.study import Runnable, Study, one_thread
 
-MODULES = ("sampling", "gradients", "coverage", "exact", "fits", "modes")
+MODULES = (
+    "sampling",
+    "gradients",
+    "coverage",
+    "exact",
+    "fits",
+    "modes",
+    "language",
+    "frontiers",
+    "transfer",
+)
 """Of `preftune.reproduce`, where experiments are registered."""
 Tick = Callable[[int, int], None]
 
@@ -62,11 +80,11 @@ def reproduce(
     """
     _experiments()
     claims = choose(ids)
-    seeds = {c.id: tuple(range(seed_base, seed_base + c.seeds)) for c in claims}
+    seeds = {c.key: tuple(range(seed_base, seed_base + c.seeds)) for c in claims}
     plans = {
-        c.id: plan(c, seeds[c.id], full)
+        c.key: plan(c, seeds[c.key], full)
         for c in claims
-        if (plan := EXPERIMENTS[c.id].plan) is not None
+        if (plan := _experiment(c).plan) is not None
     }
     _open(folder, plans, seed_base, resume)
     study = Study(folder, workers)
@@ -74,51 +92,59 @@ def reproduce(
 
     def beside(pool: Executor | None) -> None:
         for c in claims:
-            if c.id not in plans:
-                job = (c, seeds[c.id])
-                exact[c.id] = _exact(*job) if pool is None else pool.submit(_exact, *job)
+            if c.key not in plans:
+                job = (c, seeds[c.key])
+                exact[c.key] = _exact(*job) if pool is None else pool.submit(_exact, *job)
 
     def finished() -> dict[str, Measured]:
         return {k: m.result() if isinstance(m, Future) else m for k, m in exact.items()}
 
-    study.run(_distinct(plans.values()), tick, beside)
+    study.run(_distinct(plans.values(), folder / "made"), tick, beside)
     found = finished()
     rows = []
     for c in claims:
-        if c.id in plans:
-            runs = {n: study.curves(cell, own) for n, (cell, own) in plans[c.id].items()}
-            found[c.id] = EXPERIMENTS[c.id].conclude(c, seeds[c.id], runs)
-        own_rows = verdicts(c, found[c.id])
-        _write(folder / "claims" / c.id, own_rows, found[c.id])
+        if c.key in plans:
+            runs = {n: study.curves(cell, own) for n, (cell, own) in plans[c.key].items()}
+            found[c.key] = _experiment(c).conclude(c, seeds[c.key], runs)
+        own_rows = verdicts(c, found[c.key])
+        _write(folder / "claims" / c.key, own_rows, found[c.key])
         rows += own_rows
     page = write_page(folder / "report.html", claims, rows, found, seed_base, full)
     RunFolder(folder).write_json("results.json", rows)
     return Reproduced(rows=rows, page=page)
 
 
+def _experiment(claim: Claim) -> Experiment:
+    return EXPERIMENTS[claim.by or claim.key]
+
+
 def _exact(claim: Claim, seeds: Sequence[int]) -> Measured:
     """What needs no training, here or in another process."""
     _experiments()
     with one_thread():
-        return EXPERIMENTS[claim.id].conclude(claim, seeds, {})
+        return _experiment(claim).conclude(claim, seeds, {})
 
 
 def _distinct(
-    plans: Iterable[Mapping[str, tuple[Cell, Sequence[int]]]],
-) -> list[tuple[Cell, Sequence[int]]]:
-    """Each cell once with all of its seeds: claims share cells."""
-    cells: dict[str, Cell] = {}
+    plans: Iterable[Mapping[str, tuple[Runnable, Sequence[int]]]], made: Path
+) -> list[tuple[Runnable, Sequence[int]]]:
+    """Each cell once with all of its seeds: claims share cells.
+
+    Args:
+        made: the folder for what they make on the way.
+    """
+    cells: dict[str, Runnable] = {}
     seeds: dict[str, set[int]] = {}
     for plan in plans:
         for cell, own in plan.values():
-            cells[cell.key] = cell
+            cells[cell.key] = cell.placed(made)
             seeds.setdefault(cell.key, set()).update(own)
     return [(cell, sorted(seeds[key])) for key, cell in cells.items()]
 
 
 def _open(
     folder: Path,
-    plans: Mapping[str, Mapping[str, tuple[Cell, Sequence[int]]]],
+    plans: Mapping[str, Mapping[str, tuple[Runnable, Sequence[int]]]],
     seed_base: int,
     resume: bool,
 ) -> None:
