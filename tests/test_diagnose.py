@@ -1,6 +1,9 @@
 """`preftune diagnose` on a tiny model: what it measures, resumes, refuses and advises."""
 
+import contextlib
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,15 +30,26 @@ def own_pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def arguments(tiny_model: str, own_pairs: str) -> list[str]:
+    return ["diagnose", "--model", tiny_model, "--data", own_pairs, "--max-new-tokens", "5"]
+
+
 @pytest.fixture
-def here_with(tiny_model: str, own_pairs: str, here: Path) -> list[str]:
-    return [
-        "diagnose", "--model", tiny_model, "--data", own_pairs, "--max-new-tokens", "5",
-        "--output", "out",
-    ]  # fmt: skip
+def here_with(arguments: list[str], here: Path) -> list[str]:
+    return [*arguments, "--output", "out"]
 
 
-def read(folder: str = "out") -> dict:
+@pytest.fixture(scope="module")
+def measured(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a diagnosis without a reward, for tests to copy, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("measured") / "out", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.run([*arguments, "--output", str(folder)]) == 0
+    return folder, printed.getvalue()
+
+
+def read(folder: str | Path = "out") -> dict:
     return json.loads((Path(folder) / "diagnosis.json").read_text())
 
 
@@ -63,21 +77,18 @@ def test_every_figure_has_its_shape_and_its_meaning(here_with, capsys) -> None:
     assert printed["circumstances"]["pairs"] == 60
 
 
-def test_own_samples_are_not_surprising(here_with, capsys) -> None:
-    assert cli.run([*here_with, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["figures"]
-    own = found["surprisal_own"]
+def test_own_samples_are_not_surprising(measured) -> None:
+    own = read(measured[0])["figures"]["surprisal_own"]
     assert own["low"] - 0.1 < 0 < own["high"] + 0.1 and abs(own["value"]) < 0.2
 
 
-def test_without_a_reward_nothing_is_said_of_rewards(here_with, capsys) -> None:
-    assert cli.run(here_with) == 0
-    out = capsys.readouterr().out
+def test_without_a_reward_nothing_is_said_of_rewards(measured) -> None:
+    _, out = measured
     assert "reached_chosen" not in out and "labels: nobody judges fresh samples" in out
 
 
-def test_what_was_measured_is_not_measured_again(here_with, capsys, monkeypatch) -> None:
-    assert cli.run(here_with) == 0
+def test_what_was_measured_is_not_measured_again(measured, here_with, monkeypatch) -> None:
+    shutil.copytree(measured[0], "out")
     first = read()["figures"]
     count = []
     original = Transformer.sample
@@ -126,8 +137,6 @@ def test_a_finished_run_is_measured_against_its_reference(
 
 
 def test_what_a_trainer_left_is_read(here_with, here, tiny_model) -> None:
-    import shutil
-
     shutil.copytree(tiny_model, here / "trl")
     (here / "trl" / "checkpoint-20").mkdir()
     log = [{"loss": 0.69, "step": 10}, {"loss": 0.5, "rewards/accuracies": 0.75, "step": 20}]
@@ -176,6 +185,15 @@ def test_no_times(text: str) -> None:
         cost.seconds(text)
 
 
+def test_the_price_of_a_sample() -> None:
+    """In units of training on one response of the data, of which a forward pass is three tenths."""
+    # eight samples take .8 s, the two responses of a row .4 s to score
+    speeds = cost.Speeds(row=0.4, prompt=2.0, drawing=0.8)
+    assert speeds.sample_price(2) == pytest.approx(0.1 * cost.SCORE / 0.2)
+    long = cost.Speeds(row=40.0, prompt=2.0, drawing=0.8)
+    assert 0 < long.sample_price(2) < 0.01, "cheap, not free, beside responses that are long"
+
+
 def test_what_fits_a_budget() -> None:
     assert cost.left(100, 20) == pytest.approx(72)
     assert cost.left(10, 20) == 1, "as little as can be"
@@ -218,3 +236,23 @@ def test_the_page_shows_text_as_text(here, tiny_model, capsys) -> None:
     assert "window.pwned" not in page_text
     for name in ("map", "surprisal", "optimum"):
         assert f'id="chart-{name}"' in page_text
+
+
+def lengths(*each: tuple[int, bool]) -> measure.Surveyed:
+    """Responses of so many tokens, with an end or without."""
+    mask = torch.arange(80) < torch.tensor([n for n, _ in each])[:, None, None]
+    nothing = torch.zeros(mask.shape)
+    return measure.Surveyed(
+        row=torch.arange(len(each)), tokens=nothing.long(), mask=mask,
+        finished=torch.tensor([[end] for _, end in each]), ref_logp=nothing, entropy=nothing,
+        variance=nothing, hidden=torch.zeros(len(each), 1, 2), reward=None,
+    )  # fmt: skip
+
+
+def test_another_limit_than_the_datas_is_said() -> None:
+    """Cut at 48 and answered up to 64; longer than 32; and of the same limit, nothing."""
+    data = lengths((48, False), (48, False), (20, True), (30, True))
+    assert "have 48 tokens at most, answers up to 64" in str(measure.other_limit(data, 64))
+    assert "50% of the data's responses are longer" in str(measure.other_limit(data, 32))
+    assert measure.other_limit(data, 48) is None
+    assert measure.other_limit(lengths((20, True), (30, True)), 64) is None

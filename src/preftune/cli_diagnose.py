@@ -8,6 +8,10 @@ from preftune.cli_train import JSON, print_json
 from preftune.errors import UserError
 
 UNIT = "in units of training on one response"
+PROBE = (
+    "updates of a short run on the pairs, whose answers are measured, too (default: where --budget "
+    "has room, a twentieth of what --spend buys; 0: none)"
+)
 
 
 def diagnose(args: Sequence[str]) -> int:
@@ -24,6 +28,7 @@ def diagnose(args: Sequence[str]) -> int:
         [
             ("policy", str | None, None, "a finished run or model, measured against --model"),
             ("budget", str | None, None, "time that it may take: 90s, 10m, 1h (default: all)"),
+            ("probe_steps", int | None, None, PROBE),
             ("label_price", float | None, None, f"of a fresh response's label, {UNIT}"),
             ("spend", float | None, None, f"on training in all, {UNIT} (default: 3 epochs)"),
             JSON,
@@ -44,8 +49,9 @@ def diagnose(args: Sequence[str]) -> int:
         from preftune.diagnosis import job, page
     with Progress(console) as bar:
         found = job.diagnose(
-            settings, policy=own["policy"], budget=own["budget"], tick=bar.tick, note=say
-        )
+            settings, policy=own["policy"], budget=own["budget"],
+            probe_steps=own["probe_steps"], spend=own["spend"], tick=bar.tick, note=say,
+        )  # fmt: skip
     advised = verdict.advise(found, settings.beta, own["label_price"], own["spend"])
     whole: dict[str, Any] = found.as_json() | advised.as_json()
     job.save(whole, output)

@@ -1,4 +1,4 @@
-"""Coverage of features, disagreement of heads, and the two-sample classifier."""
+"""Coverage of features, and the two-sample classifier."""
 
 import math
 
@@ -103,31 +103,31 @@ def test_projection_keeps_the_ratio() -> None:
     assert found.value == pytest.approx(4, rel=0.15)
 
 
-def test_ensemble_by_hand() -> None:
-    """Heads' differences on the policy's pairs (0, 2, 4) and (2, 2, 2): variances 4 and 0; on the
-    data's (0, 1, 2) and (0, 0, 3): 1 and 3. Ratio 4 / 4."""
-    policy = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[2.0, 0.0], [2.0, 0.0]], [[4, 0], [2, 0]]])
-    chosen = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 3.0]])
-    found = features.ensemble_ratio(policy, chosen, torch.zeros(3, 2))
-    assert found.value == pytest.approx(1.0)
-    # what a head adds to all rewards of a prompt does not count
-    assert features.ensemble_ratio(policy + 5, chosen, torch.zeros(3, 2)).value == pytest.approx(1)
-    assert "2 heads" in features.ensemble_ratio(policy[:2], chosen[:2], torch.zeros(2, 2)).note
-    agreed = features.ensemble_ratio(policy, torch.ones(3, 2), torch.zeros(3, 2))
-    assert agreed.value is None and "agree" in agreed.note
+def test_shift_of_a_policy() -> None:
+    """Twice the differences are four times the squares, whatever the pairs are."""
+    before, chosen, rejected = scaled(torch.ones(WIDTH), 0, 60)
+    found = features.feature_shift(before, 2 * before, chosen, rejected)
+    assert (found.value, found.low, found.high) == pytest.approx((4, 4, 4))
+    few = features.feature_shift(*(p[:10] for p in (before, before, chosen, rejected)))
+    assert few.value is None and "10 prompts" in few.note
+    still = features.feature_shift(torch.ones_like(before), before, chosen, rejected)
+    assert still.value is None and "same features" in still.note
 
 
-def test_ensemble_ratio_is_held() -> None:
-    """Heads w_e ∼ N(0, I) on features of scale 1 (policy) and ½ (data): the ratio is 4, given any
-    heads whose spread is the same in all directions."""
-    w = torch.eye(WIDTH, dtype=torch.float64)
-
-    def estimate(g: torch.Generator) -> features.Estimate:
-        policy, chosen, rejected = scaled(torch.full((WIDTH,), 0.5), g.initial_seed(), 60)
-        heads = torch.einsum("ed,nkd->enk", w, policy)
-        return features.ensemble_ratio(heads, w @ chosen.mT, w @ rejected.mT)
-
-    holds(estimate, 4.0)
+def test_shift_is_the_ratio_of_two_ratios() -> None:
+    """Known better than either: what the pairs add to both drops out."""
+    scale = torch.linspace(0.5, 2, WIDTH).double()
+    before, chosen, rejected = scaled(scale, 0, 200)
+    after = before + 0.3 * scaled(scale, 1, 200)[0]
+    shift = features.feature_shift(before, after, chosen, rejected, width=WIDTH)
+    first, second = (
+        features.feature_ratio(x, chosen, rejected, width=WIDTH) for x in (before, after)
+    )
+    assert first.value and second.value and shift.value
+    assert shift.value == pytest.approx(second.value / first.value, rel=0.02)
+    assert shift.value == pytest.approx(1.09, abs=0.05)
+    assert shift.low and shift.high and second.low and second.high
+    assert shift.high - shift.low < 0.5 * (second.high - second.low)
 
 
 def shifted(g: torch.Generator, shift: float, count: int = 80) -> tuple[Tensor, Tensor]:

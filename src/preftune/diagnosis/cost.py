@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from preftune.errors import UserError
 
@@ -12,6 +12,9 @@ ROWS, PROMPTS, SAMPLES = 500, 200, 8
 ninth for ranks."""
 SCORE = 0.3
 """Of training on a response (forward, backward, the reference's forward): one forward pass."""
+WITH_KL = 2.0
+"""By another model and with its KL from the reference, against answering a prompt and scoring the
+answers: three forward passes more. Measured at answers of 16 tokens; less at longer ones."""
 FEWEST = 16
 """Prompts below which a figure's interval says nothing; the tier is left out then."""
 _DATA_SHARE = 0.25
@@ -47,6 +50,15 @@ class Speeds:
     """Scoring the responses of a row."""
     prompt: float
     """Answering a prompt `SAMPLES` times, scoring and judging the answers."""
+    drawing: float = 0.0
+    """Of that, sampling alone."""
+    load: float = 0.0
+    """Loading a model and the data."""
+
+    @property
+    def probed(self) -> float:
+        """Answering a prompt by a probe, with its KL, and scoring the prompt's row by it."""
+        return WITH_KL * self.prompt + self.row
 
     def sample_price(self, responses: int) -> float:
         """Of drawing a response, in units of training on one, of which a score is `SCORE`.
@@ -54,8 +66,22 @@ class Speeds:
         Args:
             responses: of a row of the data.
         """
-        score = self.row / responses
-        return max(0.0, self.prompt / SAMPLES - score) * SCORE / score
+        return self.drawing / SAMPLES * SCORE / (self.row / responses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A short training run, whose answers are measured as the reference's are."""
+
+    steps: int
+    pairs: int
+    """Of a step."""
+    asked: bool
+    """By the user: the rest is cut to make room for it. Else it is made where all the rest fits."""
+
+    def training(self, speeds: Speeds) -> float:
+        """Seconds until there is something to measure; what is loaded again is loaded faster."""
+        return speeds.load + self.steps * self.pairs * speeds.row / SCORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +95,47 @@ class Sizes:
     """Seconds."""
     note: str = ""
     """What was cut, and why."""
+    probe_steps: int = 0
+    """0: no probe."""
+    no_probe: str = ""
+    """Why not, where there is a budget."""
 
 
-def sizes(budget: float | None, speeds: Speeds, prompts: int, policies: int) -> Sizes:
+def sizes(
+    budget: float | None, speeds: Speeds, prompts: int, policies: int, probe: Probe | None = None
+) -> Sizes:
     """What of the whole is taken.
 
     Args:
-        budget: seconds; None takes the whole.
+        budget: seconds; None takes the whole, and a probe where it is asked for.
         prompts: of the data, those that differ; a row of each is scored.
         policies: whose answers are drawn: 1, or 2 with a finished policy.
+        probe: that may be made, if one may.
     """
+    without = _sizes(budget, speeds.row, speeds.prompt * policies, prompts)
+    if probe is None or (budget is None and not probe.asked):
+        return without
+    training = probe.training(speeds)
+    left = None if budget is None else budget - training
+    if left is None or left > 0:
+        beside = _sizes(left, speeds.row, speeds.prompt * policies + speeds.probed, prompts)
+        if beside.prompts and (probe.asked or not beside.note):
+            expected = beside.expected + training
+            return replace(beside, expected=expected, probe_steps=probe.steps)
+    more = training + without.prompts * speeds.probed
+    why = f"no probe: {probe.steps} updates and what is measured of them would take {more:.0f} s"
+    return replace(without, no_probe=why)
+
+
+def _sizes(budget: float | None, row: float, prompt: float, prompts: int) -> Sizes:
+    """Without a probe, by seconds a row and a prompt."""
     most_rows, most_prompts = min(prompts, ROWS), min(prompts, PROMPTS)
-    prompt = speeds.prompt * policies
-    everything = most_rows * speeds.row + most_prompts * prompt
+    everything = most_rows * row + most_prompts * prompt
     if budget is None:
         return Sizes(rows=most_rows, prompts=most_prompts, expected=everything)
     share = _DATA_SHARE if everything > budget else 1.0
-    taken = max(min(most_rows, FEWEST), min(most_rows, int(share * budget / speeds.row)))
-    left = max(0.0, budget - taken * speeds.row)
+    taken = max(min(most_rows, FEWEST), min(most_rows, int(share * budget / row)))
+    left = max(0.0, budget - taken * row)
     answered = min(most_prompts, int(left / prompt))
     said = []
     if taken < most_rows:
@@ -97,14 +146,17 @@ def sizes(budget: float | None, speeds: Speeds, prompts: int, policies: int) -> 
     elif answered < most_prompts:
         said.append(f"{answered} of {most_prompts} prompts are answered")
     note = f"within {budget:.0f} s " + " and ".join(said) if said else ""
-    return Sizes(
-        rows=taken, prompts=answered, expected=taken * speeds.row + answered * prompt, note=note
-    )
+    return Sizes(rows=taken, prompts=answered, expected=taken * row + answered * prompt, note=note)
+
+
+TIMES = 2
+"""That work is done to be timed."""
 
 
 def timed(work: Callable[[], object], count: int) -> float:
-    """Seconds that each of `count` things takes; done twice, the first time to warm up."""
-    work()
+    """Seconds that each of `count` things takes; done `TIMES` times, at first to warm up."""
+    for _ in range(TIMES - 1):
+        work()
     began = time.perf_counter()
     work()
     return (time.perf_counter() - began) / count

@@ -3,28 +3,28 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from preftune import automatic, building, fingerprint, judges, loading, rewards
+from preftune import automatic, building, fingerprint, judges, loading, phases, rewards
 from preftune.config import Config
 from preftune.data import Renderer, Rows
 from preftune.data.findings import Health, warnings
 from preftune.data.health import health
-from preftune.diagnosis import cost, measure, trainer
+from preftune.diagnosis import cost, measure, probe, reading, trainer
 from preftune.diagnosis.measure import Job, Measured
 from preftune.diagnosis.pieces import Pieces
-from preftune.diagnosis.reading import Figures, figures
-from preftune.errors import UserError
+from preftune.diagnosis.reading import Figures
+from preftune.errors import GuardStop, UserError
 from preftune.estimators.estimate import cannot_tell
 from preftune.runs import JUDGED, RunFolder
 
 Tick = Callable[[str], Callable[[int, int], None]]
 """The name of a stage to its progress (done, total)."""
-PROBE = 4
+TIMED = 4
 """Rows and prompts that the timing takes."""
 
 
@@ -55,6 +55,8 @@ def diagnose(
     *,
     policy: str | None = None,
     budget: str | None = None,
+    probe_steps: int | None = None,
+    spend: float | None = None,
     tick: Tick = lambda stage: lambda done, total: None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Diagnosis:
@@ -63,7 +65,9 @@ def diagnose(
     Args:
         config: `model` is the reference; `data` has pairs or completions; `reward` judges.
         policy: a run's folder or a model's, which is measured against the reference.
-        budget: a time, as 10m; without it all of it is done.
+        budget: a time, as 10m; without it all of it is done but for a probe.
+        probe_steps: updates of a probe; 0: none; None: a few, where the budget has room for it.
+        spend: on the run that the probe is the beginning of, in units of training on a response.
         note: told at once what is about to be done.
     Raises:
         UserError: something given cannot be used.
@@ -82,32 +86,65 @@ def diagnose(
     for message in notes:
         note(message)
     different = measure.distinct(job, len(job.rows))
-    speeds, policies = _speeds(job, different), 1 + (policy is not None)
+    planned = probe.planned(config, job, probe_steps, spend)
+    speeds = _speeds(job, different, time.perf_counter() - began)
     left = None if allowed is None else cost.left(allowed, time.perf_counter() - began)
-    sizes = cost.sizes(left, speeds, len(different), policies)
-    said = f"{sizes.rows} prompts' responses scored, {sizes.prompts} prompts answered "
-    note(f"{said}{sizes.samples} times each: about {sizes.expected:.0f} s")
-    if sizes.note:
-        notes.append(sizes.note)
-        note(sizes.note)
-    measured = Measured(
-        data=measure.data(job, different[: sizes.rows], tick("data")),
-        drawn=measure.drawn(job, different[: sizes.prompts], sizes.samples, tick("answers"))
-        if sizes.prompts
-        else None,
-        own=measure.own(job, different[: sizes.prompts], sizes.samples, tick("policy"))
-        if sizes.prompts and policy is not None
-        else None,
-    )
-    found = figures(measured, config.seed)
+    sizes = cost.sizes(left, speeds, len(different), 1 + (policy is not None), planned)
+    note(_foreseen(sizes))
+    for message in filter(None, (sizes.note, sizes.no_probe)):
+        notes.append(message)
+        note(message)
+    measured = _measured(job, different, sizes, tick)
+    found: Figures = {}
+    taken = {"rows": sizes.rows, "prompts": sizes.prompts, "samples_per_prompt": sizes.samples}
+    if sizes.probe_steps and measured.data is not None:
+        run = probe.Probe(config, job, sizes.probe_steps, tick)
+        taken |= {"probe_steps": sizes.probe_steps, "probe_learning_rate": run.learning_rate}
+        try:
+            own, data = run.measured(different[: sizes.prompts], sizes.samples, measured.data)
+            measured = replace(measured, probe=own, probe_data=data)
+        except GuardStop as error:
+            found = reading.no_probe(f"the probe ended early: {error}")
+    found = reading.figures(measured, config.seed) | found
+    if sizes.prompts and measured.data is not None:
+        other = measure.other_limit(measured.data, config.max_new_tokens)
+        for message in filter(None, [other]):
+            notes.append(message)
+            note(message)
     if not sizes.prompts:
         why = cannot_tell("no answers were drawn: " + sizes.note)
-        found |= {"surprisal_own": why, "told_apart": why, "feature_ratio": why}
-    taken = {"rows": sizes.rows, "prompts": sizes.prompts, "samples_per_prompt": sizes.samples}
+        found |= dict.fromkeys(_OF_ANSWERS, why)
     of_a_row = 2 if job.rows.kind == "pairs" else 1
     taken |= {"pairs": len(job.rows), "sample_price": speeds.sample_price(of_a_row)}
     return Diagnosis(
         measured=measured, figures=found, facts=facts | taken, health=sound, notes=notes
+    )
+
+
+_OF_ANSWERS = ("surprisal_own", "told_apart", "feature_ratio", "ensemble_ratio")
+
+
+def _foreseen(sizes: cost.Sizes) -> str:
+    """What is about to be done, and how long it will take."""
+    probed = f", a probe of {sizes.probe_steps} updates" if sizes.probe_steps else ""
+    return (
+        f"{sizes.rows} prompts' responses scored, {sizes.prompts} prompts answered "
+        f"{sizes.samples} times each{probed}: about {sizes.expected:.0f} s"
+    )
+
+
+def _measured(job: Job, different: torch.Tensor, sizes: cost.Sizes, tick: Tick) -> Measured:
+    """All but a probe."""
+    prompts, other = different[: sizes.prompts], job.policy
+    data = measure.data(job, different[: sizes.rows], tick("data"))
+    if not sizes.prompts:
+        return Measured(data=data)
+    return Measured(
+        data=data,
+        drawn=measure.drawn(job, prompts, sizes.samples, tick("answers")),
+        own=None
+        if other is None
+        else measure.own(job, lambda: other, prompts, sizes.samples, tick("policy")),
     )
 
 
@@ -123,6 +160,10 @@ def plain_health(found: Health) -> dict[str, Any]:
         },
         "rules": {name: float(won.mean()) for name, won in found.rules.items() if len(won)},
     }
+
+
+_NOT_MEASURED = {"output", "resume", "threads", "learning_rate", "batch_size"}
+"""Settings that change nothing but a probe, which has pieces of its own."""
 
 
 def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], list[str], Health]:
@@ -143,16 +184,13 @@ def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], l
     if rewards.is_open(reward):
         reward = reward and rewards.aimed(reward, judges.measured_mode(reference, rows))
     other = None if policy is None else loading.model_of(config, policy)[0]
-    settings = json.dumps(
-        {
-            "model": fingerprint.of_weights(reference.model),
-            "policy": None if other is None else fingerprint.of_weights(other.model),
-            "reward": None if reward is None else reward.name,
-            "config": config.model_dump(exclude={"output", "resume", "threads"}, mode="json"),
-            "rows": _digest(rows),
-        },
-        sort_keys=True,
-    )
+    identity = {"model": fingerprint.of_weights(reference.model), "rows": _digest(rows)}
+    settings = {
+        **identity,
+        "policy": None if other is None else fingerprint.of_weights(other.model),
+        "reward": None if reward is None else reward.name,
+        "config": config.model_dump(exclude=_NOT_MEASURED, mode="json"),
+    }
     folder = None if config.output is None else Path(config.output)
     if reward is not None and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +199,10 @@ def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], l
         reference=reference, policy=other, rows=rows, seed=config.seed,
         judge=None if reward is None else judges.judge_of(reward, rows, renderer),
         budget=config.micro_batch_tokens or automatic.CPU_ROW_BUDGET,
-        pieces=Pieces(None if folder is None else folder / "pieces", settings),
+        pieces=Pieces(
+            None if folder is None else folder / "pieces", json.dumps(settings, sort_keys=True)
+        ),
+        identity=json.dumps(identity, sort_keys=True),
     )  # fmt: skip
     told = judges.label_source(reward, config.data)
     facts = {
@@ -189,14 +230,17 @@ def _digest(rows: Rows) -> str:
     return fingerprint.digest(json.dumps([rows.prompts, rows.responses]))
 
 
-def _speeds(job: Job, different: torch.Tensor) -> cost.Speeds:
+def _speeds(job: Job, different: torch.Tensor, load: float) -> cost.Speeds:
     """Seconds a row and a prompt, by doing a few twice."""
-    few = different[:PROBE]
-    bare = Job(**{**vars(job), "pieces": Pieces(None, "")})
+    few = different[:TIMED]
+    bare = replace(job, pieces=Pieces(None, ""))
+    with phases.recording() as spent:
+        prompt = cost.timed(lambda: measure.drawn(bare, few, cost.SAMPLES), len(few))
+    drawing = sum(spent.seconds.get(name, 0.0) for name in ("prefill", "decode"))
     return cost.Speeds(
-        row=cost.timed(lambda: measure.data(bare, few), len(few)),
-        prompt=cost.timed(lambda: measure.drawn(bare, few, cost.SAMPLES), len(few)),
-    )
+        row=cost.timed(lambda: measure.data(bare, few), len(few)), prompt=prompt,
+        drawing=drawing / (cost.TIMES * len(few)), load=load,
+    )  # fmt: skip
 
 
 def save(whole: Mapping[str, Any], output: Path) -> None:

@@ -1,7 +1,7 @@
 """What is measured once, in pieces that stand on disk as they come; figures are read off later.
 
 Data are scored by the reference (tier 0), prompts are answered by it (1), answers are judged (2).
-With a finished policy the same is done of its own answers.
+With a finished policy the same is done of its own answers, and of a probe's (3).
 """
 
 from collections.abc import Callable, Iterator
@@ -93,6 +93,10 @@ class Measured:
     """The reference's own."""
     own: Surveyed | None = None
     """The policy's own."""
+    probe: Surveyed | None = None
+    """A probe's own, drawn with the random numbers of `drawn`."""
+    probe_data: Surveyed | None = None
+    """The data's responses to these prompts, `logp` the probe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,8 @@ class Job:
     budget: int | None
     """Tokens of a forward pass."""
     pieces: Pieces
+    identity: str = ""
+    """Hashes of the reference and the rows."""
 
 
 def order(job: Job) -> Tensor:
@@ -147,21 +153,53 @@ def drawn(
 
 
 def own(
-    job: Job, rows: Tensor, num_responses: int, tick: Tick = lambda done, total: None
+    job: Job,
+    of: Callable[[], Transformer],
+    rows: Tensor,
+    num_responses: int,
+    tick: Tick = lambda done, total: None,
+    name: str = "own",
+    stream: str = "policy",
 ) -> Surveyed:
-    """Answers of the policy, with its KL from the reference."""
-    policy = job.policy
-    assert policy is not None, "there is a policy besides the reference"
+    """Answers of a policy, with its KL from the reference.
+
+    Args:
+        of: gives the policy; not asked where every piece is on disk.
+        name: of the pieces.
+        stream: of the random numbers; "reference" for those of `drawn`.
+    """
 
     def one(index: Tensor) -> dict[str, Tensor]:
-        samples = _answers(job, policy, index, num_responses, "policy")
+        policy = of()
+        samples = _answers(job, policy, index, num_responses, stream)
         found = _surveyed(job, samples, policy=policy)
         found["step_kl"] = torch.zeros(samples.mask.shape)
         for part in micro_batches(samples, job.budget):
             found["step_kl"][part] = policy.step_kl(job.reference, samples.take(part)).float()
         return found
 
-    return _in_pieces(job, f"own-{num_responses}", rows, PROMPTS_AT_ONCE, one, tick)
+    return _in_pieces(job, f"{name}-{num_responses}", rows, PROMPTS_AT_ONCE, one, tick)
+
+
+def rescored(
+    job: Job,
+    of: Callable[[], Transformer],
+    surveyed: Surveyed,
+    tick: Tick = lambda done, total: None,
+    name: str = "own-data",
+) -> Surveyed:
+    """Responses of the data, as surveyed, with their log-probs under a policy (see `own`)."""
+    width, found, done = surveyed.mask.shape[-1], [], 0
+
+    def one(index: Tensor) -> dict[str, Tensor]:
+        return {"logp": score_all(of(), job.rows.samples(index), job.budget).float()}
+
+    for number, index in enumerate(surveyed.row.split(ROWS_AT_ONCE)):
+        logp = job.pieces.get(f"{name}-{number:04d}", index, lambda i=index: one(i))["logp"]
+        found.append(torch.nn.functional.pad(logp, (0, width - logp.shape[-1])))
+        done += len(index)
+        tick(done, len(surveyed.row))
+    return replace(surveyed, logp=torch.cat(found))
 
 
 def _answers(job: Job, of: Transformer, rows: Tensor, num_responses: int, name: str) -> Samples:
@@ -225,3 +263,31 @@ def _over_tokens(pieces: list[dict[str, Tensor]]) -> Iterator[tuple[str, Any]]:
     for name in (n for n in _PER_TOKEN if n in pieces[0]):
         padded = [torch.nn.functional.pad(p[name], (0, width - p[name].shape[-1])) for p in pieces]
         yield name, torch.cat(padded)
+
+
+OFTEN = 0.1
+"""Share of the responses above which another limit is spoken of."""
+
+
+def other_limit(data: Surveyed, limit: int) -> str | None:
+    """What to say where the data's responses were cut at another length than the answers are.
+
+    Args:
+        limit: of the answers, in tokens.
+    """
+    length = data.mask.sum(-1)
+    longer = float((length > limit).double().mean())
+    cure = "ranks, told_apart and what is reached then compare lengths. Draw as the data were drawn"
+    if longer > OFTEN:
+        return (
+            f"{longer:.0%} of the data's responses are longer than the answers' {limit} tokens: "
+            f"{cure}, with a larger --max-new-tokens."
+        )
+    cut = length[~data.finished]
+    if len(cut) > OFTEN * length.numel() and int(cut.max()) < limit:
+        most = int(cut.max())
+        return (
+            f"the data's cut responses have {most} tokens at most, answers up to {limit}: {cure}, "
+            f"with --max-new-tokens {most}."
+        )
+    return None

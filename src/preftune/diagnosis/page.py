@@ -78,7 +78,8 @@ def _verdict(lines: Sequence[str]) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    return frame.facts({k.replace("_", " "): v for k, v in facts.items() if v is not None})
+    shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in facts.items()}
+    return frame.facts({k.replace("_", " "): v for k, v in shown.items() if v is not None})
 
 
 def _table(figures: Mapping[str, Estimate]) -> str:

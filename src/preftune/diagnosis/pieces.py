@@ -25,14 +25,18 @@ class Pieces:
         self.found = 0
         """Pieces that were taken from disk."""
 
+    @property
+    def key(self) -> str:
+        """A short name for what the pieces depend on."""
+        return _digest(self._settings)[:8]
+
     def get(
         self, name: str, index: Tensor, make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """The piece of that name about the rows `index`, made where it is not there yet."""
         if self._folder is None:
             return make()
-        about = f"{self._settings}\0{name}\0{index.tolist()}"
-        digest = hashlib.sha256(about.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = _digest(f"{self._settings}\0{name}\0{index.tolist()}")
         path = self._folder / f"{name}-{digest[:16]}"
         kept = _read(path)
         if kept is None:
@@ -43,6 +47,10 @@ class Pieces:
         else:
             self.found += 1
         return kept
+
+
+def _digest(about: str) -> str:
+    return hashlib.sha256(about.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from preftune.diagnosis.measure import Measured, Surveyed, same_prompts
 from preftune.estimators import displacement, divergence, misalignment, ranks, surprisal, tilt
-from preftune.estimators.estimate import Estimate, mean, share
-from preftune.estimators.features import feature_ratio
+from preftune.estimators.ensemble import EnsembleCoverage, ensemble_coverage
+from preftune.estimators.estimate import Estimate, cannot_tell, mean, share
+from preftune.estimators.features import feature_ratio, feature_shift
 from preftune.estimators.similarity import two_sample_auc
 from preftune.figures import wins
 from preftune.numerics import stream_key, uniform
@@ -30,6 +32,10 @@ DOCUMENTED = {
     "reference's; 0.5 where they are alike",
     "feature_ratio": "how much larger the reference's own differences are than the pairs', in "
     "directions where the pairs are thin (hidden states); about 1 where the pairs are its own",
+    "ensemble_accuracy": "share of pairs that rewards fitted on hidden states of other pairs order "
+    "as labelled; 0.5: they have learnt nothing",
+    "ensemble_ratio": "how much more such rewards disagree on the reference's own answers than on "
+    "the pairs: above 1 where the labels leave open what its answers differ in",
     "reward_accuracy": "share of pairs that the reward orders as the data do",
     "reached_SIDE": "share of the reference's samples whose reward is at least the response's",
     "reach_of_N": "share of prompts in which the best of N samples reaches the chosen's reward",
@@ -50,6 +56,16 @@ DOCUMENTED = {
     "log_ratio_rejected": "the same of rejected ones",
     "implicit_accuracy": "share of pairs that the log-ratios order as the data do",
     "feature_ratio_policy": "feature_ratio of the policy's samples",
+    "probe_kl": "KL from the reference of the probe, which is the beginning of a run on the pairs, "
+    "on its own samples, nats",
+    "probe_kl_by_tokens": "the same by the KL of each next token",
+    "probe_gap": "log-ratio of the probe's own samples less that of the data's responses, nats; so "
+    "early its level does not tell how the run ends",
+    "probe_feature_ratio": "feature_ratio of the probe's samples: whether training leads where the "
+    "pairs say little",
+    "probe_feature_shift": "how much larger, by the same measure, the probe's own differences are "
+    "than the reference's; 1: training has not widened or narrowed them yet",
+    "probe_ensemble_ratio": "ensemble_ratio of the probe's samples",
 }
 """SIDE: chosen or rejected (response, where a row has one); Q, N, B: numbers."""
 BETAS = (4.0, 2.0, 1.0, 0.5, 0.25)
@@ -57,6 +73,9 @@ BETAS = (4.0, 2.0, 1.0, 0.5, 0.25)
 LEVELS = (2.0**4, 2.0**10, 2.0**20)
 QUANTILES = (0.5, 0.95)
 SIDES = ("chosen", "rejected")
+LEAST_KL = 0.01
+"""Nats from the reference that a probe must have gone: nearer, its samples are the reference's."""
+_WHERE = ("probe_gap", "probe_feature_ratio", "probe_feature_shift", "probe_ensemble_ratio")
 
 Figures = dict[str, Estimate]
 
@@ -71,10 +90,15 @@ def figures(measured: Measured, seed: int = 0) -> Figures:
         found["surprisal_own"] = _surprisal(drawn, slice(None), seed).mean
     if data is not None and drawn is not None:
         found |= _against_samples(*same_prompts(data, drawn), seed)
+        heard = _ensemble(data, drawn, seed)
+        if heard is not None:
+            found |= {"ensemble_accuracy": heard.accuracy, "ensemble_ratio": heard.ratio}
     if drawn is not None and drawn.reward is not None:
         found |= _of_reward(data, drawn, seed)
     if own is not None:
         found |= _of_policy(data, own, seed)
+    if measured.probe is not None and measured.probe_data is not None:
+        found |= _of_probe(measured, measured.probe, measured.probe_data, seed)
     return found
 
 
@@ -131,6 +155,19 @@ def _against_samples(data: Surveyed, drawn: Surveyed, seed: int) -> Figures:
     if features.shape[1] == 2 and mine.shape[1] >= 2:
         found["feature_ratio"] = feature_ratio(mine, features[:, 0], features[:, 1], seed=seed)
     return found
+
+
+def _ensemble(data: Surveyed, answers: Surveyed, seed: int) -> EnsembleCoverage | None:
+    """Of heads that are fitted to all pairs; None without pairs, or two answers to a prompt."""
+    places = {int(row): i for i, row in enumerate(data.row)}
+    shared = [j for j, row in enumerate(answers.row) if int(row) in places]
+    if data.tokens.shape[1] != 2 or answers.tokens.shape[1] < 2 or not shared:
+        return None
+    chosen, rejected = data.features().double().unbind(1)
+    index = torch.tensor(shared)
+    place = torch.tensor([places[int(row)] for row in answers.row[index]])
+    own = answers.features().double()[index]
+    return ensemble_coverage(own, chosen - rejected, place, seed=seed)
 
 
 def _of_reward(data: Surveyed | None, drawn: Surveyed, seed: int) -> Figures:
@@ -195,3 +232,37 @@ def _of_policy(data: Surveyed | None, own: Surveyed, seed: int) -> Figures:
                 policy, pairs[:, 0], pairs[:, 1], seed=seed
             )
     return found
+
+
+def _of_probe(measured: Measured, probe: Surveyed, scored: Surveyed, seed: int) -> Figures:
+    """Tier 3: where a run on the pairs begins to go."""
+    assert measured.data is not None and measured.drawn is not None, "measured first"
+    assert probe.step_kl is not None, "measured with the probe"
+    ref = probe.ref_logps()
+    logp = probe.log_ratio() + ref
+    by_tokens = divergence.reverse_kl_by_tokens(probe.step_kl, probe.mask, seed)
+    found: Figures = {
+        "probe_kl": divergence.reverse_kl(logp, ref, seed), "probe_kl_by_tokens": by_tokens,
+    }  # fmt: skip
+    mine, theirs = same_prompts(scored, probe)
+    if by_tokens.value is None or by_tokens.value < LEAST_KL or not len(mine.row):
+        far = "nan" if by_tokens.value is None else f"{by_tokens.value:.2g}"
+        why = f"the probe has hardly moved: {far} nats, at least {LEAST_KL} are needed; more steps"
+        return found | dict.fromkeys(_WHERE, cannot_tell(f"{why} or a higher learning rate"))
+    ref, (chosen, rejected) = theirs.ref_logps(), mine.log_ratio().unbind(1)
+    found["probe_gap"] = divergence.offline_gap(
+        theirs.log_ratio() + ref, ref, chosen, rejected, seed
+    )
+    _, before = same_prompts(scored, measured.drawn)
+    first, after, pairs = (x.features().double() for x in (before, theirs, mine))
+    found["probe_feature_ratio"] = feature_ratio(after, pairs[:, 0], pairs[:, 1], seed=seed)
+    found["probe_feature_shift"] = feature_shift(first, after, pairs[:, 0], pairs[:, 1], seed=seed)
+    heard = _ensemble(measured.data, probe, seed)
+    if heard is not None:
+        found["probe_ensemble_ratio"] = heard.ratio
+    return found
+
+
+def no_probe(why: str) -> Figures:
+    """Of a probe that did not come to its end."""
+    return dict.fromkeys(("probe_kl", "probe_kl_by_tokens", *_WHERE), cannot_tell(why))

@@ -1,4 +1,4 @@
-"""Do the data's differences span those that a policy makes? In features, or by an ensemble."""
+"""Do the data's differences span those that a policy makes? In features."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,6 @@ PAIRS_A_FEATURE = 4
 """Training pairs for each dimension that is kept, where the number is chosen here."""
 LEAST_PAIRS_A_FEATURE = 2
 LEAST_PROMPTS = 20
-LEAST_HEADS = 3
 
 
 def compressed(
@@ -82,7 +81,60 @@ def feature_ratio(
     Returns:
         not trusted with under 20 prompts, or under two training pairs a dimension.
     """
-    assert folds >= 2 and policy.shape[1] >= 2, "two folds and two samples at least"
+    found = _differences([policy], chosen, rejected, ridge, folds, width, seed)
+    if isinstance(found, Estimate):
+        return found
+    (top,), bottom = found
+    return of(ratio(top, bottom, seed))
+
+
+def feature_shift(
+    before: Float[Tensor, "N K F"],
+    after: Float[Tensor, "N K F"],
+    chosen: Float[Tensor, "N F"],
+    rejected: Float[Tensor, "N F"],
+    ridge: float = 1e-2,
+    folds: int = 2,
+    width: int | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """How much larger one policy's differences are than another's, as the data's pairs measure.
+
+    E_{y, y'∼π₂}‖Δφ‖²_{Σ⁻¹} / E_{y, y'∼π₁}‖Δφ‖²_{Σ⁻¹}
+
+    The ratio of two `feature_ratio`s without their common denominator, prompts paired: it tells a
+    small move of a policy where neither of the two is known well enough. Best with samples of both
+    that were drawn with the same random numbers.
+
+    Args:
+        before, after: [N, K, F], φ of K ≥ 2 samples a prompt of π₁ and of π₂.
+        chosen, rejected: [N, F], of one pair a prompt.
+        ridge, folds, width: as in `feature_ratio`.
+
+    Returns:
+        not trusted where a `feature_ratio` is not.
+    """
+    found = _differences([before, after], chosen, rejected, ridge, folds, width, seed)
+    if isinstance(found, Estimate):
+        return found
+    (first, second), _ = found
+    if not bool(first.sum() > 0):
+        return cannot_tell("all samples of a prompt have the same features")
+    return of(ratio(second, first, seed))
+
+
+def _differences(
+    policies: Sequence[Float[Tensor, "N _ F"]],
+    chosen: Float[Tensor, "N F"],
+    rejected: Float[Tensor, "N F"],
+    ridge: float,
+    folds: int,
+    width: int | None,
+    seed: int,
+) -> tuple[list[Float[Tensor, " N"]], Float[Tensor, " N"]] | Estimate:
+    """Squared norms of the policies' and of the data's differences by prompt; or why there are
+    none."""
+    assert folds >= 2 and all(p.shape[1] >= 2 for p in policies), "two folds, two samples at least"
     count, features = chosen.shape
     if count < LEAST_PROMPTS:
         return cannot_tell(f"cannot tell with {count} prompts: {LEAST_PROMPTS} are needed")
@@ -95,18 +147,25 @@ def feature_ratio(
             f"cannot tell with {train} training pairs for {kept} dimensions: "
             f"{LEAST_PAIRS_A_FEATURE * kept} are needed, or a smaller width"
         )
-    # over all pairs of K samples, the mean of ΔφΔφᵀ is 2 K / (K - 1) times the deviations' from
-    # their mean
-    samples = policy.shape[1]
-    inner = policy.double() - policy.double().mean(1, keepdim=True)
-    inner = inner * (2 * samples / (samples - 1)) ** 0.5
-    inner, pairs = compressed([inner, chosen.double() - rejected.double()], width, seed)
+    inner = [_deviations(p) for p in policies]
+    *inner, pairs = compressed([*inner, chosen.double() - rejected.double()], width, seed)
     if not bool((pairs != 0).any()):
         return cannot_tell("the chosen and the rejected responses have the same features")
-    top, bottom = _crossfitted(inner, pairs, fold_of(count, folds, seed), ridge)
+    fold, tops, bottom = fold_of(count, folds, seed), [], pairs[:, 0]
+    for own in inner:
+        top, bottom = _crossfitted(own, pairs, fold, ridge)
+        tops.append(top)
     if not bool(bottom.sum() > 0):
         return cannot_tell("all pairs but a few have the same features")
-    return of(ratio(top, bottom, seed))
+    return tops, bottom
+
+
+def _deviations(policy: Float[Tensor, "N K F"]) -> Float[Tensor, "N K F"]:
+    """From the prompt's mean, so scaled that their mean square is that of all pairs' ΔφΔφᵀ, which
+    is 2 K / (K - 1) times as large."""
+    samples = policy.shape[1]
+    inner = policy.double() - policy.double().mean(1, keepdim=True)
+    return inner * (2 * samples / (samples - 1)) ** 0.5
 
 
 def _crossfitted(
@@ -131,38 +190,3 @@ def _crossfitted(
 
 def _norms(x: Float[Tensor, "*E d"], inverse: Float[Tensor, "d d"]) -> Float[Tensor, "*E"]:
     return ((x @ inverse) * x).sum(-1)
-
-
-def ensemble_ratio(
-    policy_reward: Float[Tensor, "E N K"],
-    chosen_reward: Float[Tensor, "E N"],
-    rejected_reward: Float[Tensor, "E N"],
-    seed: int = 0,
-) -> Estimate:
-    """How much more an ensemble of rewards disagrees on a policy's pairs than on the data's.
-
-    E_π[Var_e Δr_e] / E_D[Var_e Δr_e],  Δr = r(y) − r(y')
-
-    A lower bound in kind of what coverage is about: directions that no head varies in are not
-    seen. Heads must be on one scale, and D must be pairs that they were not trained on.
-
-    Args:
-        policy_reward: [E, N, K], by E heads, of K ≥ 2 of the policy's samples a prompt; all their
-            pairs count.
-        chosen_reward, rejected_reward: [E, N], of one pair a prompt.
-
-    Returns:
-        not trusted with under 3 heads, or where the heads agree on all of the data's pairs.
-    """
-    heads, _, samples = policy_reward.shape
-    assert samples >= 2, "two samples a prompt at least"
-    if heads < LEAST_HEADS:
-        return cannot_tell(f"cannot tell with {heads} heads: {LEAST_HEADS} are needed")
-    # over all pairs of K samples: twice the variance of what a head says beyond the mean head
-    own = policy_reward.double()
-    own = own - own.mean(0)
-    top = 2 * own.var(-1).sum(0) / (heads - 1)
-    bottom = (chosen_reward.double() - rejected_reward.double()).var(0)
-    if bottom.sum() <= 0:
-        return cannot_tell("the heads agree on all of the data's pairs")
-    return of(ratio(top, bottom, seed))
