@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tables
 from preftune import alarms, loop
-from preftune.evaluate import answer, figures
+from preftune.evaluate import Answers, answer, figures
 from preftune.held_out import eval_metrics
 from preftune.method import Method
 from preftune.policies.categorical import Categorical
@@ -99,12 +99,13 @@ def evaluator(
 ) -> Callable[[int], dict[str, Any]]:
     """Held-out evaluation of the policy as it is, by the library's own figures."""
 
+    def answers(policy: Categorical) -> Answers:
+        return answer(policy, world.reference, world.prompts, judges, samples_per_prompt=2, seed=0)
+
+    other = answers(world.reference)  # which stays as it is
+
     def evaluate(step: int) -> dict[str, Any]:
-        mine, other = (
-            answer(policy, world.reference, world.prompts, judges, samples_per_prompt=2, seed=0)
-            for policy in (world.policy, world.reference)
-        )
-        return eval_metrics(figures(mine, other))
+        return eval_metrics(figures(answers(world.policy), other))
 
     return evaluate
 

@@ -1,14 +1,15 @@
 """preftune advise-study: what the advice of `diagnose` is worth, on problem files."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from preftune.cli_train import JSON, print_json
 from preftune.errors import UserError
+from preftune.runs import unnamed
 
 FLAGS = [
     ("draw", int | None, None, "write so many problem files to OUTPUT, and run nothing"),
+    ("texts", int, 0, "with --draw: also so many whose reference is a small language model"),
     ("problems", str | None, None, "folder of problem files to run"),
     ("fit", bool, False, "fit rules anew, each judged on a family that it has not seen; without "
      "it the shipped rule is measured as it is"),
@@ -32,15 +33,15 @@ def advise_study(args: list[str]) -> int:
     console = stderr()
     with working(console, "loading"):
         from preftune.advising import report, study
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    output = Path(own["output"] or f"runs/advise-study-{stamp}")
+    output = Path(own["output"]) if own["output"] else unnamed("advise-study")
     with Progress(console) as bar:
 
         def tick(stage: str) -> Any:
             return sparse(bar.tick(stage))
 
         if own["problems"] is None:
-            names = study.draw(own["draw"], output, own["seed_base"], tick("problems"))
+            names = study.draw(own["draw"], output, own["seed_base"], tick("problems"),
+                               of_text=own["texts"])  # fmt: skip
             _print_drawn(names, output, own["json"])
             return 0
         done = study.run(
@@ -68,7 +69,9 @@ def _check(own: dict[str, Any]) -> None:
         raise UserError(
             "advise-study: give --draw N to write problem files, or --problems DIR to run some."
         )
-    if own["draw"] is not None and own["draw"] < 1:
-        raise UserError(f"flag '--draw': is {own['draw']}. Give 1 or more.")
+    if own["draw"] is not None and (own["texts"] < 0 or own["draw"] + own["texts"] < 1):
+        raise UserError(f"flag '--draw': is {own['draw']}. Give 1 or more, or --texts beside 0.")
+    if own["draw"] is None and own["texts"]:
+        raise UserError("flag '--texts': goes with --draw N (0 for none but them).")
     if own["seed_base"] < 0 or own["workers"] < 1:
         raise UserError("flags '--seed-base' and '--workers': give 0 or more, and 1 or more.")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from preftune.advising import problem
+from preftune.advising import files
 from preftune.advising.drawing import FAMILIES, draw, name_of
-from preftune.advising.problem import FORMAT, judge_of, load, save
+from preftune.advising.files import load
+from preftune.advising.problem import FORMAT, judge_of, save
 from preftune.errors import UserError
 
 
@@ -118,7 +119,7 @@ def test_the_model_of_the_pairs_knows_the_pairs(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, changes: dict, words: str) -> None:
     path = written(tmp_path, **changes)
     with pytest.raises(UserError) as error:
-        problem.load(path)
+        files.load(path)
     assert words in str(error.value) and "small.json" in str(error.value)
 
 
@@ -127,9 +128,9 @@ def test_a_missing_part_and_no_json(tmp_path: Path) -> None:
     del plain["labels"]
     (tmp_path / "small.json").write_text(json.dumps(plain))
     with pytest.raises(UserError, match="'labels' is missing"):
-        problem.load(tmp_path / "small.json")
+        files.load(tmp_path / "small.json")
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        problem.load(tmp_path / "torn.json")
+        files.load(tmp_path / "torn.json")
     with pytest.raises(UserError, match="no .json file"):
-        problem.load_all(tmp_path / "nowhere")
+        files.load_all(tmp_path / "nowhere")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from preftune.advising import regret
+from preftune.advising import regret, running, trying
 from preftune.advising.drawing import draw
 from preftune.advising.problem import Problem
 from preftune.advising.regret import Judged, Runs
@@ -16,7 +16,7 @@ def line(slope: float, points: int = 9, judged: float = 1.0) -> list[dict[str, f
     return [
         {
             "step": float(i), "spent": 1000.0 * i, "value": slope * i, "proxy": slope * i,
-            "win": 0.5, "reverse_kl": 0.0, "judged": judged * i,
+            "win": 0.5, "reverse_kl": 0.0, "judged": judged * i, "proxy_spread": 0.0,
         }
         for i in range(points)
     ]  # fmt: skip
@@ -44,10 +44,10 @@ def runs() -> Runs:
 
 
 def test_settings_come_from_other_problems(runs: Runs) -> None:
-    gains = runs.gains((0, 1))
+    gains = runs.gains()
     assert gains[0, "a", 0] == pytest.approx(8.0) and gains[0, "b", 0] == pytest.approx(4.0)
-    assert regret.tune(runs, gains, [0]) == {"a": 0, "b": 0}
-    assert regret.tune(runs, gains, [1]) == {"a": 1, "b": 0}
+    assert regret.tune(runs, gains, [0]) == {"enumerable": {"a": 0, "b": 0}}
+    assert regret.tune(runs, gains, [1]) == {"enumerable": {"a": 1, "b": 0}}
 
 
 def test_what_was_spent_before_is_missing(runs: Runs) -> None:
@@ -64,27 +64,67 @@ def test_regret_by_hand() -> None:
 
 
 def test_halving_keeps_the_better_and_pays_for_all(runs: Runs) -> None:
-    """Two rows, one round of 8000: each trains on 4000; the better is a, at 4."""
-    row, value = regret.halving(runs, 0, {"a": 0, "b": 0}, 0, np.random.default_rng(0))
-    assert (row, value) == ("a", pytest.approx(4.0))
-    row, value = regret.halving(runs, 1, {"a": 0, "b": 0}, 0, np.random.default_rng(0))
-    assert (row, value) == ("b", pytest.approx(2.0))
+    """Two rows, two rounds of 4000: each trains on 2000, the better goes on to 6000."""
+    row, value = trying.halving(runs, 0, {"a": 0, "b": 0}, 0, np.random.default_rng(0))
+    assert (row, value) == ("a", pytest.approx(6.0))
+    row, value = trying.halving(runs, 1, {"a": 0, "b": 0}, 0, np.random.default_rng(0))
+    assert (row, value) == ("b", pytest.approx(3.0))
 
 
-def test_halving_pays_for_labels(runs: Runs) -> None:
-    dear = replace(runs.problems[0], prices=replace(runs.problems[0].prices, label=125.0))
-    own = Runs(problems=[dear], rows=runs.rows, curves=runs.curves)
-    _, value = regret.halving(own, 0, {"a": 0, "b": 0}, 0, np.random.default_rng(0))
-    assert value == pytest.approx(0.0), "32 labels for each of two rows are all there is"
+def priced(runs: Runs, label: float, source: str = "rm_other") -> Runs:
+    one = runs.problems[0]
+    labels = replace(one.labels, source=source)
+    dear = replace(one, prices=replace(one.prices, label=label), labels=labels)
+    return Runs(problems=[dear], rows=runs.rows, curves=runs.curves)
+
+
+def test_looking_takes_a_fifth_at_most(runs: Runs) -> None:
+    """At 100 a label, of 2000 four samples are judged: 400; at 500 none, and nothing is known."""
+    _, value = trying.halving(priced(runs, 100.0), 0, {"a": 0, "b": 0}, 0, np.random.default_rng(0))
+    assert value == pytest.approx(5.6)
+    dear = priced(runs, 500.0)
+    rows = [
+        trying.halving(dear, 0, {"a": 0, "b": 0}, 0, np.random.default_rng(s)) for s in range(9)
+    ]
+    assert {r for r, _ in rows} == {"a", "b"}
+    assert all(v == pytest.approx(6.0 if r == "a" else 3.0) for r, v in rows)
+
+
+def test_a_race_goes_on_with_the_better(runs: Runs) -> None:
+    """Of 8000 less 400 a tenth for each of two; the better loses the other's 760."""
+    arms = [(0, "a", 0), (0, "b", 0)]
+    row, value = trying.race(runs, arms, 0, 0.1, 400.0, np.random.default_rng(0))
+    assert (row, value) == ("a", pytest.approx(6.84))
+    own = priced(runs, 0.0, "rm_same")  # its model is paid once; `spent` of a curve has it too
+    pairs = len(own.problems[0].pairs)
+    _, value = trying.race(own, arms, 0, 0.1, 400.0, np.random.default_rng(0))
+    assert value == pytest.approx(((7600 - 2 * pairs) * 0.9 + 2 * pairs) / 1000)
+
+
+def test_a_human_sees_shares_of_wins() -> None:
+    one = draw(0)
+    human = replace(one, labels=replace(one.labels, source="human"), beta=0.5, budget=8000.0)
+    own = Runs(problems=[human], rows=["a"])
+    points = [{**p, "win": 1.0, "reverse_kl": 0.6, "proxy": -9.0} for p in line(1.0)]
+    own.curves[0, "a", 0] = {0: points}
+    rng = np.random.default_rng(0)
+    assert trying.seen(own, (0, "a", 0), 0, 1000.0, 8, rng) == pytest.approx(4 * 0.5 - 0.3)
 
 
 def test_a_row_stops_where_its_reward_no_longer_grows() -> None:
-    points = [
-        {"proxy": p, "reverse_kl": float(i), "spent": i, "step": i, "value": 0.0}
-        for i, p in enumerate([0.0, 1.0, 2.0, 1.8, 1.6, 1.4, 1.2])
-    ]
-    assert len(regret.stopped(points, 0.0, 3)) == 6, "three after the best"
-    assert regret.stopped(points, 0.3, 3) == points, "the reward itself still grows"
+    """Windows of 25 updates: the second is the best, three more pass."""
+    curve = [
+        {"proxy": p, "reverse_kl": float(i), "spent": 10.0 * i, "step": 25.0 * i, "value": 0.0,
+         "proxy_spread": 0.0, "drawn": 100.0 * i}
+        for i, p in enumerate([0.0, 1.0, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0])
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    cut = running.stopped(curve, 0.0, 3, rng)
+    assert cut[-1]["step"] == 150 and cut[-1]["spent"] == pytest.approx(60.0)
+    assert running.stopped(curve, 0.3, 3, rng) == curve, "the reward itself still grows"
+    loud = [{**p, "proxy_spread": 50.0} for p in curve]
+    ends = {running.stopped(loud, 0.0, 3, np.random.default_rng(s))[-1]["step"] for s in range(9)}
+    assert len(ends) > 1, "it sees noise as well"
 
 
 def test_an_interval_holds_its_mean_and_narrows() -> None:

@@ -1,6 +1,7 @@
 """Enumerable problems as runs: exact figures, what is spent, and the diagnosis of them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 
 from preftune.advising import candidates, costs, running, scene
 from preftune.advising.drawing import draw
+from preftune.advising.files import load_all
 from preftune.advising.looking import look
-from preftune.advising.problem import Problem, load_all, save
+from preftune.advising.problem import Problem, save
 from preftune.advising.scene import Scene, context_logits
 from preftune.policies.tree import Tree, all_responses
 from preftune.problems.drawn import draws
+from preftune.samples import REFERENCE
 from preftune.study import Cell, advance, curves
 from preftune.theory.closed_form import kl, tilted
 
@@ -110,6 +113,62 @@ def test_reference_samples_are_paid_once(folder, each) -> None:
     assert end["drawn"] == end["judged"] == 4 * pairs
 
 
+@pytest.mark.parametrize("row", ["dpo", "best_of_n"])
+def test_a_short_minibatch_counts_as_what_it_is(folder, each, row) -> None:
+    """Two epochs and no more: every response once an epoch, and the run is long enough."""
+    pairs, width = len(each[0].pairs), {"dpo": 2, "best_of_n": 1}[row]
+    of_each = {"dpo": 32, "best_of_n": 64}[row]
+    assert pairs % of_each
+    updates = 2 * math.ceil(pairs / of_each)
+    end = advance(one_cell(folder, each, row, updates), (scene.run_number(0, 0),))[-1]
+    assert end["trained"] == 2 * pairs * width
+
+
+def test_runs_are_as_long_as_the_budget(folder, each) -> None:
+    for row in ("dpo", "best_of_n", "ppo", "half_and_half"):
+        job = running.jobs(
+            str(folder), each, [running.Arm(0, candidates.settings_of(row)[0])], [0]
+        )[0]
+        rows = advance(job.cell, job.runs)
+        spent = [p["spent"] for p in running.curve(each[0], rows)]
+        assert spent[-1] >= each[0].budget, row
+        # samples that are drawn once are dear in the first epoch alone
+        assert row == "best_of_n" or spent[-1] < 1.25 * each[0].budget, row
+
+
+def test_a_ranking_says_who_is_better_and_no_more() -> None:
+    utility = torch.tensor([[[3.0, 1.0, 2.0, 100.0]], [[0.0, 5.0, -1.0, 1.0]]])
+    found = scene.ranked(utility)
+    assert torch.allclose(found[0, 0], torch.tensor([2 / 3, -2.0, -2 / 3, 2.0]))
+    assert torch.equal(scene.ranked(3 * utility + 7), found)
+    wins = torch.tensor([[[0.1, 0.0]]])
+    assert scene.ranked(wins).tolist() == [[[2.0, -2.0]]]
+
+
+def test_each_run_reads_its_pairs_in_its_own_order(folder, each) -> None:
+    seeds = tuple(scene.run_number(0, s) for s in (0, 1))
+    method = candidates.settings_of("dpo")[0].method(each[0].beta)
+    tokens = place(folder).world(method, seeds, 32).data.tokens
+    assert not torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0].sum((0, 1)), tokens[1].sum((0, 1)))
+
+
+def test_a_humans_label_of_a_kept_sample_stays(tmp_path) -> None:
+    p = draw(0)
+    save(replace(p, labels=replace(p.labels, source="human")), tmp_path)
+    run = (scene.run_number(0, 0),)
+    world = place(tmp_path).world(candidates.settings_of("best_of_n")[0].method(0.1), run, 8)
+    prompt = torch.zeros(1, 6, 1, dtype=torch.long)
+    drawn = world.reference.sample(prompt, torch.ones_like(prompt).bool(), 4, draws((0,), "t"), 0)
+    row = torch.arange(6)[None]
+    kept = replace(drawn, row=row, origin=torch.full_like(drawn.origin, REFERENCE))
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    assert torch.equal(world.reward(kept).index_select(1, order), world.reward(kept.take(order)))
+    fresh = replace(drawn, row=row)
+    again = replace(fresh, origin=fresh.origin + 1)
+    assert not torch.equal(world.reward(fresh), world.reward(again))
+
+
 def test_a_reward_model_is_paid_by_who_uses_it(each) -> None:
     from dataclasses import replace
 
@@ -123,11 +182,11 @@ def test_a_reward_model_is_paid_by_who_uses_it(each) -> None:
 
 def test_a_figure_between_two_places() -> None:
     points = [
-        {"step": 0, "spent": 0.0, "value": 0.0},
+        {"step": 0, "spent": 200.0, "value": 0.0},
         {"step": 2, "spent": 300.0, "value": 1.0},
         {"step": 4, "spent": 400.0, "value": 3.0},
     ]
-    # two updates cost 100, so 200 were spent before the first: a reward model
+    # a reward model was paid before the first update
     assert running.at(points, "value", 150.0) == 0.0
     assert running.at(points, "value", 250.0) == pytest.approx(0.5)
     assert running.at(points, "value", 350.0) == pytest.approx(2.0)

@@ -85,4 +85,4 @@ def test_too_close_is_said() -> None:
     close = replace(own, advised=replace(own.advised, sure=False, strange=[]))
     assert "too close" in verdict.lines(close)[0]
     far = replace(own, advised=replace(own.advised, sure=False, strange=["log_pairs"]))
-    assert "beyond what was studied: log_pairs" in verdict.lines(far)[0]
+    assert "beyond what was studied: pairs" in verdict.lines(far)[0]

@@ -11,13 +11,15 @@ from typing import Any
 from preftune import methods
 from preftune.advising import rule as rules
 from preftune.advising import wording
-from preftune.advising.rule import Rule, Signs
+from preftune.advising.rule import GOAL, Racing, Rule, Signs
 from preftune.advising.signs import FIGURES, Circumstances, of_figures
 from preftune.estimators.estimate import Estimate
 from preftune.method import Method
 
 SHIPPED = "rule.json"
 REASONS = 3
+BEYOND = 0.05
+"""Of a sign's range: so far outside it still counts as seen."""
 RANKED = 5
 """Rows that are named, the best first."""
 MOST, STEPS = 2.0, 40
@@ -31,11 +33,14 @@ class Shipped:
     rule: Rule
     settings: Mapping[str, Mapping[str, Any]]
     """By row: what it was tuned to, `2b` for twice the problem's beta."""
-    sure: float
-    """A lead over the runner-up from which the regret was within its goal, on families that the
-    rule had not seen."""
     measured: Mapping[str, Any]
     """Regrets and where they were measured."""
+    racing: Racing
+    """When rows are tried before one is chosen."""
+    fitted_on: tuple[str, ...]
+    """Digests of the problems."""
+    text_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What rows were tuned to on problems of a language model, if there were any."""
 
 
 @cache
@@ -43,8 +48,9 @@ def shipped() -> Shipped:
     """Read from the package."""
     data = json.loads(resources.files("preftune.advising").joinpath(SHIPPED).read_text())
     return Shipped(
-        rule=rules.of_plain(data["rule"]), settings=data["settings"], sure=data["sure"],
-        measured=data["measured"],
+        rule=rules.of_plain(data["rule"]), settings=data["settings"],
+        measured=data["measured"], racing=Racing(**data["racing"]),
+        fitted_on=tuple(data["fitted_on"]), text_settings=data.get("text_settings", {}),
     )  # fmt: skip
 
 
@@ -70,10 +76,13 @@ class Advised:
     ranked: list[Advice]
     worth: Mapping[str, float]
     """Predicted, 0 the reference's, 1 the best row's: of the rows that can be run."""
+    loss: float
+    """The mean regret of advice where such a source labels, on families that the rule had not
+    seen: what the first row may miss of what the best would gain."""
     sure: bool
-    """The first leads by enough; otherwise the tool cannot tell it from the second."""
+    """It is within the goal; otherwise the tool cannot tell the first from the second."""
     strange: list[str]
-    """Signs farther than three standard deviations from all that the rule has seen."""
+    """Signs that lie beyond all that the rule was fitted on."""
 
 
 def advise(figures: Mapping[str, Estimate], known: Circumstances | None, given: Circumstances,
@@ -94,8 +103,8 @@ def advise(figures: Mapping[str, Estimate], known: Circumstances | None, given: 
         if known is not None or "reward" not in methods.get(row).needs
     }
     order = list(worth)
-    lead = worth[order[0]] - worth[order[1]]
     strange = _strange(own.rule, signs)
+    loss = own.measured["by_source"].get(given.source, own.measured["mean_regret"])
     ranked = [
         Advice(
             method=row, settings=settings_for(row, given.beta, own),
@@ -106,7 +115,7 @@ def advise(figures: Mapping[str, Estimate], known: Circumstances | None, given: 
         for place, row in enumerate(order[:RANKED])
     ]  # fmt: skip
     return Advised(
-        ranked=ranked, worth=worth, sure=lead >= own.sure and not strange, strange=strange
+        ranked=ranked, worth=worth, loss=loss, sure=loss <= GOAL and not strange, strange=strange
     )
 
 
@@ -117,9 +126,10 @@ def _rival(order: list[str], place: int) -> str:
 
 def _strange(rule: Rule, signs: Signs) -> list[str]:
     out = []
-    for name, mean, spread in zip(rule.names, rule.mean, rule.spread, strict=True):
-        x = signs.get(name)
-        if x is not None and abs(x - mean) > 3 * spread and wording.plain_sign(name) == name:
+    for name, low, high in zip(rule.names, rule.low, rule.high, strict=True):
+        x, slack = signs.get(name), BEYOND * (high - low)
+        outside = x is not None and not low - slack <= x <= high + slack
+        if outside and wording.plain_sign(name) == name:
             out.append(name)
     return out
 
@@ -129,7 +139,7 @@ def settings_for(row: str, beta: float, by: Shipped | None = None) -> dict[str, 
     own = shipped() if by is None else by
     tuned = {k: v for k, v in own.settings[row].items() if k != "learning_rate"}
     found = {
-        k: float(v[:-1]) * beta if isinstance(v, str) and v.endswith("b") else v
+        k: round(float(v[:-1]) * beta, 10) if isinstance(v, str) and v.endswith("b") else v
         for k, v in tuned.items()
     }
     method = methods.get(row)

@@ -7,7 +7,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from preftune import methods, plain_yaml, spec
+from preftune import methods, plain_yaml
+from preftune.advising.stated import EFFORT, Kind
 from preftune.method import Method, configure, resolve
 
 
@@ -26,7 +27,7 @@ class Setting:
     def method(self, beta: float) -> Method:
         """The row with these settings, for a problem with that beta."""
         settings = {name: _value(v, beta) for name, v in self.flat}
-        return resolve(configure(_row(self.row), settings))
+        return resolve(configure(methods.get(self.row), settings))
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
@@ -45,14 +46,9 @@ def _all() -> Mapping[str, Any]:
     return plain_yaml.load(text)
 
 
-def _row(name: str) -> Method:
-    own = _all()[name].get("row")
-    return spec.from_row(own) if own else methods.get(name)
-
-
-def ends_by_itself(row: str) -> bool:
-    """Its reward no longer rising, it stops."""
-    return _row(row).patience is not None
+def patience(row: str) -> int | None:
+    """After how many windows without a higher reward it stops by itself; None: never."""
+    return methods.get(row).patience
 
 
 def names() -> list[str]:
@@ -61,14 +57,17 @@ def names() -> list[str]:
 
 
 @cache
-def settings_of(row: str) -> tuple[Setting, ...]:
-    """All that the row is tuned over."""
+def settings_of(row: str, kind: Kind = "enumerable") -> tuple[Setting, ...]:
+    """All that the row is tuned over, on problems of a kind."""
     given = _all()[row]
-    each = itertools.product(given["settings"], given["rates"])
-    return tuple(
+    before = "text_" if kind == "text" else ""
+    settings = given.get(f"{before}settings", given["settings"])
+    each = itertools.product(settings, given[f"{before}rates"])
+    found = tuple(
         Setting(
             row=row, place=i, learning_rate=rate, batch_size=given["batch_size"],
             flat=tuple(sorted(flat.items())),
         )
         for i, (flat, rate) in enumerate(each)
     )  # fmt: skip
+    return found[: EFFORT[kind].settings]

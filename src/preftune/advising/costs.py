@@ -4,7 +4,8 @@ The unit is the forward and backward pass of one response (the reference's forwa
 """
 
 from preftune import loop
-from preftune.advising.problem import Problem
+from preftune.advising.signs import model_price
+from preftune.advising.stated import Stated
 from preftune.collecting import Source
 from preftune.rounds import Group
 from preftune.sources import Pool, Reference
@@ -16,21 +17,22 @@ COUNTS = ("trained", "drawn", "judged")
 def counts(run: loop.State) -> dict[str, float]:
     """`COUNTS` of each run of a study: the same for all."""
     return {
-        "trained": sum(_trained(g) * run.step for g in run.groups),
+        "trained": sum(map(_trained, run.groups)),
         "drawn": float(sum(_drawn(g) for g in run.groups)),
         "judged": float(sum(_of_reference(g) or g.queries for g in run.groups)),
     }
 
 
 def _trained(group: Group) -> float:
-    """Responses that a minibatch computes: those that some item points at."""
+    """Responses that its minibatches computed so far: of each prompt those that some item points
+    at, alike in all rounds."""
     current = group.round
     if current is None or group.idle:
         return 0.0
     pointed = sum(b.index.shape[-2:].numel() for b in current.batches)
     used = min(current.samples.tokens.shape[-2], pointed)
-    prompts = sum(len(m) for m in current.minibatches) / len(current.minibatches)
-    return prompts * used
+    before = (group.cursor.drawn - current.samples.row.shape[-1]) * group.source.passes
+    return used * float(before + sum(len(m) for m in current.minibatches[: current.taken]))
 
 
 def _drawn(group: Group) -> int:
@@ -51,9 +53,9 @@ def _of_reference(group: Group) -> int:
     return len(group.kept) * width
 
 
-def spent(problem: Problem, trained: float, drawn: float, judged: float) -> float:
+def spent(problem: Stated, trained: float, drawn: float, judged: float) -> float:
     """The price of that; where the judge is a reward model of the run's own pairs, of training it
     on them too."""
     prices = problem.prices
-    own_model = 2.0 * len(problem.pairs) if judged and problem.labels.source == "rm_same" else 0.0
+    own_model = model_price(problem.labels.source, len(problem.pairs)) if judged else 0.0
     return trained + prices.sample * drawn + prices.label * judged + own_model

@@ -11,13 +11,13 @@ from torch import Tensor
 from preftune.advising.problem import (
     Features,
     Labels,
-    Prices,
     Problem,
+    draw_pairs,
     fit_reward,
-    preferred,
-    tokens_and_neighbours,
 )
-from preftune.numerics import stream_key, uniform
+from preftune.advising.stated import LabelSource, Prices
+from preftune.numerics import stream_key
+from preftune.policies.tree import all_responses, response_features
 from preftune.theory.closed_form import tilted
 
 STATES, VOCAB, LENGTH = 8, 6, 3
@@ -58,7 +58,7 @@ class _Draw:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.seen = tokens_and_neighbours(VOCAB, LENGTH)
+        self.seen = response_features(VOCAB, LENGTH)
         self.rare = bool(rng.random() < 0.5)
         """A token that the reference hardly ever says, in responses that are worth least."""
 
@@ -89,8 +89,6 @@ class _Draw:
 
     def modes(self) -> Tensor:
         """Likeness to the nearest of a few anchors."""
-        from preftune.policies.tree import all_responses
-
         tokens = all_responses(VOCAB, LENGTH)
         count = int(self.rng.integers(2, 5))
         anchors = torch.from_numpy(self.rng.integers(0, VOCAB, (STATES, count, LENGTH)))
@@ -98,8 +96,6 @@ class _Draw:
         return same.square().amax(1) + 0.05 * self.smooth()
 
     def _rare_count(self) -> Tensor:
-        from preftune.policies.tree import all_responses
-
         if not self.rare:
             return torch.zeros(SIZE).double()
         return (all_responses(VOCAB, LENGTH) == VOCAB - 1).sum(-1).double()
@@ -207,7 +203,7 @@ FAMILIES: dict[str, Callable[[_Draw], Scene]] = {
     "misspecified": _misspecified, "several_modes": _several_modes, "broad": _broad,
     "strong_against_own": _strong,
 }  # fmt: skip
-SOURCES = {"rm_same": 0.4, "rm_other": 0.25, "human": 0.35}
+SOURCES: dict[LabelSource, float] = {"rm_same": 0.4, "rm_other": 0.25, "human": 0.35}
 
 
 def name_of(number: int) -> str:
@@ -223,44 +219,38 @@ def draw(number: int, seed_base: int = 0) -> Problem:
     scene = FAMILIES[family](d)
     pairs = int(rng.choice(PAIRS))
     table = _pairs(scene, pairs, stream_key(seed_base, number, "pairs"))
-    source = str(rng.choice(list(SOURCES), p=list(SOURCES.values())))
+    source = source_of(rng)
     features: Features = scene.features or rng.choice(list(MODELS), p=list(MODELS.values())).item()
     other = _other_model(scene, features, stream_key(seed_base, number, "other"))
-    label = float(rng.choice([3.0, 10.0, 30.0] if source == "human" else [0.1, 0.3]))
     return Problem(
         name=name_of(number), family=family, states=STATES, vocab=VOCAB, length=LENGTH,
         reference=scene.reference.tolist(), reward=scene.reward.tolist(), pairs=table.tolist(),
         labels=Labels(
-            source=source,  # pyright: ignore[reportArgumentType]
-            features=features, reward=other.tolist() if source == "rm_other" else None,
+            source=source, features=features,
+            reward=other.tolist() if source == "rm_other" else None,
         ),
-        prices=Prices(label=label, sample=float(rng.choice([0.3, 1.0, 3.0]))),
-        beta=float(rng.choice(BETAS)), budget=2.0 * pairs * float(rng.choice(EPOCHS)),
-        about={"rare_token": d.rare, "noise": scene.noise},
+        about={"rare_token": d.rare, "noise": scene.noise}, **stakes(source, pairs, rng),
     )  # fmt: skip
 
 
+def source_of(rng: np.random.Generator) -> LabelSource:
+    """Who labels."""
+    return rng.choice(list(SOURCES), p=list(SOURCES.values())).item()
+
+
+def stakes(source: LabelSource, pairs: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Prices, beta and budget."""
+    label = float(rng.choice([3.0, 10.0, 30.0] if source == "human" else [0.1, 0.3]))
+    prices = Prices(label=label, sample=float(rng.choice([0.3, 1.0, 3.0])))
+    beta, epochs = float(rng.choice(BETAS)), float(rng.choice(EPOCHS))
+    return {"prices": prices, "beta": beta, "budget": 2.0 * pairs * epochs}
+
+
 def _pairs(scene: Scene, count: int, key: int) -> Tensor:
-    """[n, 3]: state, chosen, rejected."""
-    state = torch.arange(count) % STATES
-    u = uniform(key, torch.arange(count)[:, None], torch.arange(4))
-    both = torch.stack(
-        [
-            _take(law, state, u[:, i])
-            for i, law in enumerate((scene.chosen_law, scene.rejected_law))
-        ],
-        -1,
-    )
-    if not scene.by_origin:
-        both = preferred(scene.reward, state, both, u[:, 2])
-    flipped = u[:, 3] < scene.noise
-    return torch.cat([state[:, None], torch.where(flipped[:, None], both.flip(-1), both)], -1)
-
-
-def _take(law: Tensor, state: Tensor, u: Tensor) -> Tensor:
-    cdf = law.cumsum(-1)[state]
-    found = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(-1)
-    return found.clamp(max=law.shape[-1] - 1)
+    laws = torch.stack([scene.chosen_law, scene.rejected_law])
+    return draw_pairs(
+        laws, scene.reward, count, key, noise=scene.noise, by_origin=scene.by_origin
+    )  # fmt: skip
 
 
 def _other_model(scene: Scene, features: Features, key: int) -> Tensor:

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from preftune.advising.problem import Problem, judge_of
 from preftune.advising.scene import context_logits
+from preftune.advising.stated import Stated
 from preftune.diagnosis.measure import Measured, Surveyed
 from preftune.diagnosis.reading import Figures, figures
 from preftune.estimators.estimate import Estimate, share
 from preftune.numerics import first_wins, normal, permutation, stream_key, uniform
-from preftune.policies.tree import all_responses
+from preftune.policies.tree import all_responses, invert
 
 ROWS, PROMPTS, SAMPLES = 100, 32, 3
 """Pairs scored, prompts answered, answers to each: a few per cent of what training costs, as on a
 language model."""
 WIDTH = 32
 """Of the features that stand in for hidden states."""
-TIERS = (0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def look(problem: Problem, seed: int = 0) -> Seen:
     A human is not asked about every sample, but which of one sample and the chosen response is
     better, once a prompt.
     """
-    by_human = problem.labels.source in ("human", "true")
+    by_human = problem.labels.source == "human"
     judge = None if by_human else judge_of(problem)
     key = stream_key(seed, problem.name, "diagnosis")
     table = problem.pair_table()
@@ -59,7 +59,7 @@ def look(problem: Problem, seed: int = 0) -> Seen:
     state = table[few, 0]
     cdf = problem.ref_logp().exp().cumsum(-1)[state]
     u = uniform(key, torch.arange(len(few))[:, None], torch.arange(SAMPLES))
-    drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
+    drawn = invert(cdf, u)
     measured = Measured(
         data=_surveyed(problem, order[:ROWS], data[:, 0], data[:, 1:], judge),
         drawn=_surveyed(problem, few, state, drawn, judge),
@@ -68,23 +68,28 @@ def look(problem: Problem, seed: int = 0) -> Seen:
     if by_human:
         reward = problem.true_reward()
         gap = reward[state, drawn[:, 0]] - reward[state, table[few, 1]]
-        won = first_wins(gap, uniform(key, torch.arange(len(few)), SAMPLES))
-        found["reached_chosen"] = share(won.double()[:, None], seed)
-    return Seen(figures=found, price=_prices(problem, len(data), drawn.numel()))
+        found["reached_chosen"] = reached(gap, key, seed)
+    return Seen(figures=found, price=prices(problem, len(data), drawn.numel()))
 
 
-def _prices(problem: Problem, rows: int, samples: int) -> dict[int, float]:
+def reached(gap: Float[Tensor, " P"], key: int, seed: int) -> Estimate:
+    """How often a human prefers a sample to the chosen response, asked once a prompt.
+
+    Args:
+        gap: how much more the sample is worth.
+    """
+    won = first_wins(gap, uniform(key, torch.arange(len(gap)), SAMPLES))
+    return share(won.double()[:, None], seed)
+
+
+def prices(problem: Stated, rows: int, samples: int) -> dict[int, float]:
+    """Of so many pairs scored and answers drawn, by tier."""
     p = problem.prices
     scored = 2 * rows * p.score
     drawn = scored + samples * (p.sample + p.score)
-    by_human = problem.labels.source in ("human", "true")
+    by_human = problem.labels.source == "human"
     asked = PROMPTS if by_human else samples + 2 * rows
     return {0: scored, 1: drawn, 2: drawn + asked * p.label}
-
-
-def model_price(problem: Problem) -> float:
-    """Of training the reward model of the pairs, which tier 2 asks where it is who judges."""
-    return 2.0 * len(problem.pairs) if problem.labels.source == "rm_same" else 0.0
 
 
 def _surveyed(

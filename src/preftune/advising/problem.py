@@ -8,40 +8,26 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune import durable, fingerprint
-from preftune.errors import UserError
+from preftune.advising.stated import FORMAT, Kind, LabelSource, Prices
 from preftune.numerics import first_wins, normal, stream_key, uniform
-from preftune.policies.tree import all_responses
+from preftune.policies.tree import invert, response_features
 from preftune.theory.linear_reward import fit_linear_reward
 
-FORMAT = "preftune-problem/1"
 WIDTH = 192
 """Random features of a reward model."""
 MOST_RESPONSES, MOST_IN_ALL, MOST_PAIRS = 4096, 8192, 100_000
 """Responses of an enumerable problem to a state and in all (a reward model counts wins of each over
 each), and pairs."""
-LabelSource = Literal["rm_same", "rm_other", "human", "true"]
 Features = Literal["network", "neighbours", "tokens"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prices:
-    """Of one response each, in units of one response's forward and backward pass."""
-
-    label: float
-    """Of judging a fresh response."""
-    sample: float
-    """Of drawing one."""
-    score: float = 0.3
-    """Of one forward pass, as a diagnosis makes over the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +46,7 @@ class Labels:
 class Problem:
     """One problem. S states (prompts), A = vocab ** length responses to each."""
 
+    kind: ClassVar[Kind] = "enumerable"
     name: str
     family: str
     """Problems of one family are never in both halves of a cross-validation."""
@@ -86,6 +73,15 @@ class Problem:
         """Problems of one shape are run together."""
         return self.states, self.vocab, self.length, len(self.pairs), self.beta
 
+    @property
+    def digest(self) -> str:
+        """Of all that it is."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        return fingerprint.digest(json.dumps(_rounded(asdict(self)), sort_keys=True))
+
     def ref_logp(self) -> Float[Tensor, "S A"]:
         """Log-probs of the reference."""
         return torch.tensor(self.reference, dtype=torch.float64).log_softmax(-1)
@@ -99,20 +95,13 @@ class Problem:
         return torch.tensor(self.pairs, dtype=torch.long).view(-1, 3)
 
 
-def tokens_and_neighbours(vocab: int, length: int) -> Float[Tensor, "A F"]:
-    """One-hots of each position's token and of each two neighbours."""
-    one = torch.nn.functional.one_hot(all_responses(vocab, length), vocab).double()
-    two = one[:, :-1, :, None] * one[:, 1:, None, :]
-    return torch.cat([one.flatten(1), two.flatten(1)], -1)
-
-
 def features_of(states: int, vocab: int, length: int, kind: Features) -> Float[Tensor, "SA F"]:
     """What a reward model sees of each response to each state.
 
     tokens: each position's token, for all states and for each; neighbours: each two neighbours too,
     for all states; network: fixed random tanh features of state and tokens.
     """
-    own = tokens_and_neighbours(vocab, length)
+    own = response_features(vocab, length)
     single = own[:, : length * vocab]
     state = torch.eye(states, dtype=torch.float64).repeat_interleave(len(own), 0)
     shared, alone = own.repeat(states, 1), single.repeat(states, 1)
@@ -151,13 +140,37 @@ def judge_of(problem: Problem) -> Float[Tensor, "S A"]:
     return fit_reward(problem.pair_table(), shape, labels.features, labels.ridge)
 
 
-def preferred(
-    reward: Float[Tensor, "S A"], state: Tensor, both: Int[Tensor, "n 2"], u: Float[Tensor, " n"]
-) -> Int[Tensor, "n 2"]:
-    """The chosen first, by Bradley-Terry."""
+def draw_pairs(
+    laws: Float[Tensor, "2 S A"],
+    reward: Float[Tensor, "S A"],
+    count: int,
+    key: int,
+    *,
+    noise: float,
+    by_origin: bool = False,
+) -> Int[Tensor, "n 3"]:
+    """State, chosen, rejected.
+
+    Args:
+        laws: what the two responses of a pair are drawn from.
+        noise: share of labels flipped.
+        by_origin: the first law's is the chosen one; otherwise by Bradley-Terry on the reward.
+    """  # fmt: skip
+    state = torch.arange(count) % len(reward)
+    u = uniform(key, torch.arange(count)[:, None], torch.arange(4))
+    cdf = laws.cumsum(-1)[:, state]
+    both = invert(cdf, u[:, :2].T.unsqueeze(-1)).squeeze(-1).T
     own = reward[state[:, None], both]
-    first = first_wins(own[:, 0] - own[:, 1], u)
-    return torch.where(first[:, None], both, both.flip(-1))
+    first = first_chosen(own[:, 0] - own[:, 1], u[:, 2:], noise, by_origin)
+    return torch.cat([state[:, None], torch.where(first[:, None], both, both.flip(-1))], -1)
+
+
+def first_chosen(
+    gap: Float[Tensor, " n"], u: Float[Tensor, "n 2"], noise: float, by_origin: bool
+) -> Bool[Tensor, " n"]:
+    """Whether the first of two is the chosen one in the end (see `draw_pairs`)."""
+    first = torch.ones_like(u[:, 0], dtype=torch.bool) if by_origin else first_wins(gap, u[:, 0])
+    return first ^ (u[:, 1] < noise)
 
 
 def save(problem: Problem, folder: Path) -> Path:
@@ -168,54 +181,12 @@ def save(problem: Problem, folder: Path) -> Path:
     return path
 
 
-def digest(problem: Problem) -> str:
-    """Of all that a problem is."""
-    return fingerprint.digest(json.dumps(_rounded(asdict(problem)), sort_keys=True))
-
-
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(v) for v in value]
     return round(value, 4) if isinstance(value, float) else value
-
-
-def load_all(folder: Path) -> list[Problem]:
-    """Every problem file of a folder, by name.
-
-    Raises:
-        UserError: no file, or one that is not as the schema says.
-    """
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    if not paths:
-        raise UserError(f"problems '{folder}': no .json file there. Draw some with --draw N.")
-    return [load(path) for path in paths]
-
-
-_WRONG = (
-    KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError,
-    RuntimeError,
-)  # fmt: skip
-"""What data that are not as the schema says raise on their way."""
-
-
-@lru_cache(maxsize=1024)
-def load(path: Path) -> Problem:
-    """Read one.
-
-    Raises:
-        UserError: what is wrong, and where.
-    """
-    try:
-        plain = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"problem '{path}': cannot be read ({error}).") from error
-    try:
-        return checked(plain)
-    except _WRONG as error:
-        what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"problem '{path}': {what}. See docs/advise.md for the schema.") from error
 
 
 def checked(plain: Mapping[str, Any]) -> Problem:
@@ -298,12 +269,6 @@ def _drawn_pairs(data: Mapping[str, Any], rest: Mapping[str, Any]) -> Sequence[S
         raise ValueError("'data.policy' is not a finite table like 'reward'")
     if not (type(data["pairs"]) is int and 0 < data["pairs"] <= MOST_PAIRS):
         raise ValueError(f"'data.pairs' is not a whole number of 1 to {MOST_PAIRS}")
-    n, key = data["pairs"], stream_key(int(data.get("seed", 0)), "pairs")
-    state = torch.arange(n) % rest["states"]
-    u = uniform(key, torch.arange(n)[:, None], torch.arange(4))
-    cdf = law.cumsum(-1)[state]
-    both = torch.searchsorted(cdf, u[:, :2] * cdf[:, -1:], right=True).clamp(max=law.shape[-1] - 1)
-    ordered = preferred(reward, state, both, u[:, 2])
-    flipped = u[:, 3] < float(data.get("noise", 0.0))
-    ordered = torch.where(flipped[:, None], ordered.flip(-1), ordered)
-    return torch.cat([state[:, None], ordered], -1).tolist()
+    key, noise = stream_key(int(data.get("seed", 0)), "pairs"), float(data.get("noise", 0.0))
+    laws = law.expand(2, *law.shape)
+    return draw_pairs(laws, reward, data["pairs"], key, noise=noise).tolist()

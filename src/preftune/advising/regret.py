@@ -10,19 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from preftune.advising.problem import Problem
-from preftune.advising.running import at
+from preftune.advising.running import Points, at, stopped
+from preftune.advising.stated import Stated, effort
 
-Points = Sequence[Mapping[str, float]]
-"""A run's figures in order of what was spent."""
 ArmKey = tuple[int, str, int]
 """Problem, row, place of the setting."""
-RANKED_BY = {"human": "win", "true": "win"}
-"""What a user can see of a run: humans prefer; otherwise the judge's reward, less beta KL."""
-ASKED = 32
-"""Preferences bought to see how good a run is, where humans judge."""
-HALVING_SAMPLES = 32
-"""Samples that the judge scores for it elsewhere."""
 OUT = 3.0
 """Problems whose best row gains less than this many standard errors are listed apart."""
 
@@ -31,13 +23,15 @@ OUT = 3.0
 class Runs:
     """Curves of arms by seed."""
 
-    problems: Sequence[Problem]
+    problems: Sequence[Stated]
     rows: Sequence[str]
     curves: dict[ArmKey, dict[int, Points]] = field(default_factory=dict)
     stops: Mapping[str, int] = field(default_factory=dict)
-    """Rows that stop by themselves, with their patience, in places of a curve."""
+    """Rows that stop by themselves, with their patience."""
     _known: dict[tuple[ArmKey, tuple[int, ...], float], np.ndarray] = field(default_factory=dict)
     """Values that were read."""
+    _starts: dict[int, float] = field(default_factory=dict)
+    _stopped: dict[tuple[ArmKey, int], Points] = field(default_factory=dict)
 
     def value(self, arm: ArmKey, seeds: Sequence[int], less: float = 0.0) -> np.ndarray:
         """U of an arm's runs at the problem's budget less what was spent before, [seeds]."""
@@ -51,48 +45,66 @@ class Runs:
         """A figure of a run when so much is spent."""
         points = self.curves[arm][seed]
         if arm[1] in self.stops:
-            points = stopped(points, self.problems[arm[0]].beta, self.stops[arm[1]])
+            points = self._ends(arm, seed)
         return at(points, name, budget)
+
+    def _ends(self, arm: ArmKey, seed: int) -> Points:
+        if (arm, seed) not in self._stopped:
+            p, rng = self.problems[arm[0]], np.random.default_rng([11, arm[0], arm[2], seed])
+            points = self.curves[arm][seed]
+            if p.labels.source != "human":  # a ranking tells no level that could stand still
+                points = stopped(points, p.beta, self.stops[arm[1]], rng)
+            self._stopped[arm, seed] = points
+        return self._stopped[arm, seed]
+
+    def asks(self, arm: ArmKey) -> bool:
+        """Whether its runs have samples judged."""
+        return next(iter(self.curves[arm].values()))[-1]["judged"] > 0
 
     def start(self, problem: int) -> float:
         """U of the reference."""
-        arm = next(k for k in self.curves if k[0] == problem)
-        return next(iter(self.curves[arm].values()))[0]["value"]
+        if problem not in self._starts:
+            arm = next(k for k in self.curves if k[0] == problem)
+            self._starts[problem] = next(iter(self.curves[arm].values()))[0]["value"]
+        return self._starts[problem]
 
-    def gains(self, seeds: Sequence[int]) -> dict[ArmKey, float]:
-        """Mean U of every arm above the reference's."""
+    def gains(self) -> dict[ArmKey, float]:
+        """Mean U of every arm above the reference's, on selection seeds."""
         ref = [self.start(i) for i in range(len(self.problems))]
+        seeds = [effort(p).selection for p in self.problems]
         return {
-            arm: float(np.mean(self.value(arm, seeds))) - ref[arm[0]]
+            arm: float(np.mean(self.value(arm, seeds[arm[0]]))) - ref[arm[0]]
             for arm, runs in self.curves.items()
-            if all(s in runs for s in seeds)
+            if all(s in runs for s in seeds[arm[0]])
         }
-
-
-def stopped(points: Points, beta: float, patience: int) -> Points:
-    """A curve up to where the judge's reward has not grown for `patience` places."""
-    best, since = -math.inf, 0
-    for i, point in enumerate(points):
-        reward = point["proxy"] + beta * point["reverse_kl"]
-        best, since = (reward, 0) if reward > best else (best, since + 1)
-        if since >= patience:
-            return points[: i + 1]
-    return points
 
 
 Tuned = dict[str, int]
 """The place of each row's setting."""
 
 
-def tune(runs: Runs, gains: Mapping[ArmKey, float], inside: Sequence[int]) -> Tuned:
+ByKind = Mapping[str, Tuned]
+"""The settings of rows on each kind of problem."""
+
+
+def tune(runs: Runs, gains: Mapping[ArmKey, float], inside: Sequence[int]) -> dict[str, Tuned]:
     """Each row's setting that is best in the mean over these problems, each on its own scale: 1 is
-    what its best arm gains."""
+    what its best arm gains. Problems of a kind have settings of their own."""
+    kinds = dict.fromkeys(runs.problems[i].kind for i in inside)
+    return {
+        kind: _tuned(runs, gains, [i for i in inside if runs.problems[i].kind == kind])
+        for kind in kinds
+    }
+
+
+def _tuned(runs: Runs, gains: Mapping[ArmKey, float], inside: Sequence[int]) -> Tuned:
     best = _best_of(gains)
-    found: Tuned = {}
-    for row in runs.rows:
-        places = sorted({k[2] for k in gains if k[1] == row})
+    told = [i for i in inside if best[i] > 0]
+    found: Tuned = dict.fromkeys(runs.rows, 0)  # the first where nothing is to be gained
+    for row in runs.rows if told else ():
+        places = sorted({k[2] for k in gains if k[1] == row and k[0] == told[0]})
         mean = {
-            place: np.mean([_scaled(gains[i, row, place], best[i]) for i in inside if best[i] > 0])
+            place: np.mean([_scaled(gains[i, row, place], best[i]) for i in told])
             for place in places
         }
         found[row] = max(mean, key=lambda place: mean[place])
@@ -122,6 +134,12 @@ class Judged:
     """Its standard error."""
     others: Mapping[str, float]
     """Gains of all rows, and of the competitors by name."""
+    advised: str = ""
+    """The row that advice names first."""
+    lead: float = 0.0
+    """Of its predicted worth over the second's."""
+    raced: bool = False
+    """The first few were tried before one was chosen."""
 
     @property
     def inside(self) -> bool:
@@ -131,54 +149,6 @@ class Judged:
     def regret(self, name: str) -> float:
         """Of a row or competitor."""
         return (self.gain - self.others[name]) / self.gain
-
-
-def halving(
-    runs: Runs, problem: int, tuned: Tuned, seed: int, rng: np.random.Generator
-) -> tuple[str, float]:
-    """Successive halving over the rows with what a user can see.
-
-    Rounds of equal cost: every row that is left trains on from where it was, is judged by a few
-    fresh samples, and the better half stays. The last one spends what is left.
-
-    Returns:
-        the row, and its U when the budget is gone.
-    """
-    p = runs.problems[problem]
-    rounds = math.ceil(math.log2(len(runs.rows)))
-    model = 2.0 * len(p.pairs) if p.labels.source == "rm_same" else 0.0  # trained once, for all
-    left, share = list(runs.rows), max(0.0, p.budget - model) / rounds
-    used = dict.fromkeys(left, 0.0)
-
-    def spent(row: str) -> float:
-        judged = runs.curves[problem, row, tuned[row]][seed][-1]["judged"] > 0
-        return used[row] + (model if judged else 0.0)
-
-    for _ in range(rounds):
-        for row in left:
-            used[row] += max(0.0, share / len(left) - _price_of_looking(p))
-        seen = {r: _seen(runs, (problem, r, tuned[r]), seed, spent(r), rng) for r in left}
-        left = sorted(left, key=lambda r: -seen[r])[: math.ceil(len(left) / 2)]
-    row = left[0]
-    return row, runs.read((problem, row, tuned[row]), seed, "value", spent(row))
-
-
-def _price_of_looking(p: Problem) -> float:
-    asked = ASKED if p.labels.source in RANKED_BY else HALVING_SAMPLES
-    return asked * (p.prices.sample + p.prices.label)
-
-
-def _seen(runs: Runs, arm: ArmKey, seed: int, spent: float, rng: np.random.Generator) -> float:
-    """The user's estimate: a share of won comparisons, or the judge's mean, with its noise."""
-    p = runs.problems[arm[0]]
-    if p.labels.source in RANKED_BY:
-        won = runs.read(arm, seed, "win", spent)
-        won = rng.binomial(ASKED, min(max(won, 0.0), 1.0)) / ASKED
-        scale = 4.0  # a share of 1/2 + x is about 4 x nats of Bradley-Terry
-        return scale * (won - 0.5) - p.beta * runs.read(arm, seed, "reverse_kl", spent)
-    spread = np.std(np.array(p.reward))
-    noise = rng.normal() * spread / math.sqrt(HALVING_SAMPLES)
-    return float(runs.read(arm, seed, "proxy", spent) + noise)
 
 
 def interval(values: np.ndarray, groups: Sequence[str], seed: int = 0) -> tuple[float, float]:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 Signs = Mapping[str, float | None]
+GOAL = 0.1
+"""Mean regret: where more is expected, the tool cannot tell."""
 WORST = -1.0
 """Worths below it are taken as it: one broken run should not move a fit."""
 
@@ -23,6 +25,9 @@ class Rule:
     bias: tuple[float, ...]
     weight: tuple[tuple[float, ...], ...]
     """[rows][signs]."""
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    """The range of each sign where the rule was fitted."""
     tier: int
     """Of the diagnosis that its signs come from; -1: it needs none."""
 
@@ -74,6 +79,18 @@ class Rule:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Racing:
+    """When rows are tried before one is chosen."""
+
+    rows: int
+    """That are tried; 1: the first is run at once."""
+    below: float
+    """Where the first row's predicted worth leads the second's by less."""
+    share: float = 0.08
+    """Of the budget, for each that is tried."""
+
+
 def of_plain(data: Mapping[str, Any]) -> Rule:
     """The rule of plain data."""
     held: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
@@ -109,5 +126,11 @@ def fit(
     w = np.stack(weight)
     return Rule(
         rows=tuple(rows), names=names, mean=tuple(mean.tolist()), spread=tuple(spread.tolist()),
-        bias=tuple((bias - w @ centre).tolist()), weight=tuple(map(tuple, w.tolist())), tier=tier,
+        bias=tuple((bias - w @ centre).tolist()), weight=tuple(map(tuple, w.tolist())),
+        low=_range(raw, np.fmin), high=_range(raw, np.fmax), tier=tier,
     )  # fmt: skip
+
+
+def _range(raw: np.ndarray, end: np.ufunc) -> tuple[float, ...]:
+    """Of the known values of each sign; 0 where there is none."""
+    return tuple(np.nan_to_num(end.reduce(raw, axis=0)).tolist())

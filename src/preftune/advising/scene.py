@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preftune import loop
-from preftune.advising import problem as problems
+from preftune.advising import files
 from preftune.advising.costs import counts
 from preftune.advising.problem import Problem, judge_of
 from preftune.method import Method
-from preftune.numerics import stream_keys, uniform
+from preftune.numerics import permutation, stream_keys
 from preftune.policies.nets import Mlp, Shifted
 from preftune.policies.tree import Tree, all_responses, context_features
-from preftune.problems.drawn import Drawn, scored
+from preftune.problems.drawn import Drawn, gumbel, reward_at, scored
 from preftune.rounds import World
 from preftune.samples import Samples
 from preftune.theory.closed_form import kl
@@ -24,8 +24,8 @@ from preftune.theory.closed_form import kl
 HIDDEN = (32, 32)
 SEEDS, PROBLEMS = 100, 10_000
 """At most, of a problem and of a folder."""
-EULER = 0.5772156649015329
-"""The mean of Gumbel noise."""
+SHARE_TO_NATS = 4.0
+"""Who is better by x nats, x small, wins in Bradley-Terry by 1/2 + x / 4."""
 
 
 def run_number(problem: int, seed: int, base: int = 0) -> int:
@@ -51,7 +51,7 @@ class Scene:
 
     @cached_property
     def _names(self) -> list[Path]:
-        return sorted(Path(self.folder).glob("*.json"))
+        return files.enumerable(Path(self.folder))
 
     def path(self, run: int) -> Path:
         """The file of a run's number."""
@@ -59,7 +59,7 @@ class Scene:
 
     def problem(self, run: int) -> Problem:
         """Of a run's number."""
-        return problems.load(self.path(run))
+        return files.table(self.path(run))
 
     def world(
         self, method: Method, seeds: tuple[int, ...], batch_size: int, data: Samples | None = None
@@ -71,21 +71,20 @@ class Scene:
         assert all(p.shape == first.shape for p in each), "problems of one shape"
         ref_logp, judge = (torch.stack([_tables(self.path(s))[i] for s in seeds]) for i in (0, 2))
         policy = _policy(first, ref_logp, seeds)
-        pairs = torch.stack([p.pair_table() for p in each])
+        # each run reads its pairs in an order of its own
+        own = stream_keys(seeds, "pairs").tolist()
+        pairs = torch.stack([
+            p.pair_table()[permutation(k, 0, len(p.pairs))] for p, k in zip(each, own, strict=True)
+        ])  # fmt: skip
         tokens = all_responses(first.vocab, first.length)[pairs[..., 1:]]
         reference = policy.frozen_copy()
         rows = scored(Drawn(prompt=pairs[..., :1], tokens=tokens), reference)
-        human = torch.tensor([p.labels.source in ("human", "true") for p in each])
-        # a human's preference is a draw: with Gumbel noise on each, a ranking of two is one of
-        # Bradley-Terry
-        noise = torch.where(human, 1.0, 0.0)[:, None, None]
+        human = torch.tensor([p.labels.source == "human" for p in each])[:, None, None]
         keys = stream_keys(seeds, "labels")[:, None, None]
 
         def judged(samples: Samples) -> Tensor:
-            place = torch.arange(samples.tokens.shape[1])[:, None]
-            u = uniform(keys, samples.origin, place, torch.arange(samples.tokens.shape[2]))
-            gumbel = -(-u.clamp(min=2.0**-53).log()).log() - EULER
-            return reward_at(judge, samples, first.vocab) + noise * gumbel
+            scores = reward_at(judge, samples, first.vocab)
+            return torch.where(human, ranked(scores + gumbel(keys, samples)), scores)
 
         return World(
             policy=policy, reference=reference, data=rows, prompts=rows, reward=judged,
@@ -104,20 +103,31 @@ class Scene:
         return figures | spent
 
 
+def ranked(utility: Float[Tensor, "*R N K"]) -> Float[Tensor, "*R N K"]:
+    """What a ranking of a prompt's responses says of each, in nats: the share of the others that
+    it beats. Nobody but its ranker sees the utilities."""
+    others = max(utility.shape[-1] - 1, 1)
+    beaten = (utility.unsqueeze(-1) > utility.unsqueeze(-2)).sum(-1) / others
+    return SHARE_TO_NATS * (beaten.to(utility) - 0.5)
+
+
 def worth(logp: Float[Tensor, "S A"], path: Path) -> dict[str, Tensor]:
     """What a policy is worth, means over states.
 
-    value: E true reward - beta KL; proxy: the same by the judge; win: how often a human prefers it
-    to the reference.
+    value: E true reward - beta KL; proxy: the same by the judge; proxy_spread: standard deviation
+    of the judge's scores of samples to one prompt; win: how often a human prefers it to the
+    reference.
     """
     ref, reward, judge, beaten = _tables(path)
-    beta = problems.load(path).beta
+    beta = files.table(path).beta
     p = logp.exp()
     divergence = kl(logp, ref).mean()
     earned, judged = (p * reward).sum(-1).mean(), (p * judge).sum(-1).mean()
+    spread = (p * judge.square()).sum(-1) - (p * judge).sum(-1).square()
     return {
         "value": earned - beta * divergence,
         "proxy": judged - beta * divergence,
+        "proxy_spread": spread.clamp(min=0).mean().sqrt(),
         "win": (p * beaten).sum(-1).mean(),
         "reverse_kl": divergence,
     }
@@ -126,7 +136,7 @@ def worth(logp: Float[Tensor, "S A"], path: Path) -> dict[str, Tensor]:
 @lru_cache(maxsize=1024)
 def _tables(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reference, reward, judge, and the chance of each response to beat the reference's."""
-    problem = problems.load(path)
+    problem = files.table(path)
     ref, reward = problem.ref_logp(), problem.true_reward()
     gap = reward[:, :, None] - reward[:, None, :]
     beaten = (torch.sigmoid(gap) * ref.exp()[:, None, :]).sum(-1)
@@ -164,20 +174,10 @@ def context_logits(logp: Float[Tensor, "R S A"], vocab: int, length: int) -> Flo
     return torch.cat(levels[::-1], -2).flatten(-3, -2)
 
 
-def reward_at(
-    reward: Float[Tensor, "R S A"], samples: Samples, vocab: int
-) -> Float[Tensor, "R N K"]:
-    """Of each sample."""
-    length = samples.tokens.shape[-1]
-    place = vocab ** torch.arange(length - 1, -1, -1)
-    number = samples.prompt * reward.shape[-1] + (samples.tokens * place).sum(-1)
-    return reward.flatten(1).gather(1, number.flatten(1)).view(number.shape)
-
-
 @lru_cache(maxsize=8)
 def digest(folder: str) -> str:
-    """Of a folder's problem files."""
+    """Of the enumerable problems of a folder: what else is there is no part of their scene."""
     from preftune import fingerprint
 
-    paths = sorted(Path(folder).glob("*.json"))
+    paths = files.enumerable(Path(folder))
     return fingerprint.digest("".join(p.name + p.read_text() for p in paths))

@@ -13,6 +13,11 @@ from preftune.estimators.estimate import Estimate
 SOURCES = ("rm_same", "rm_other", "human")
 
 
+def model_price(source: str, pairs: int) -> float:
+    """Of the reward model that labels where it is one of these pairs: a pass over them."""
+    return 2.0 * pairs if source == "rm_same" else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Circumstances:
     """What a user knows before anything is measured. Prices are of one response, in units of one
@@ -36,8 +41,7 @@ class Circumstances:
         """By name."""
         known = {f"is_{s}": float(self.source == s) for s in SOURCES}
         # a reward model of the pairs is trained on them first
-        model = 2.0 * self.pairs if self.source == "rm_same" else 0.0
-        left = max(self.budget - model, 0.1 * self.budget)
+        left = max(self.budget - model_price(self.source, self.pairs), 0.1 * self.budget)
         fresh = math.log(left / (1 + self.sample_price + self.label_price))
         reads = math.log(self.budget / (2 * self.pairs))
         plain = {

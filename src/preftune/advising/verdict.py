@@ -7,6 +7,7 @@ from typing import Any
 from preftune.advising.advise import Advised, shipped
 from preftune.advising.advise import advise as ranked
 from preftune.advising.signs import Circumstances
+from preftune.advising.wording import WORDS
 from preftune.diagnosis.job import Diagnosis
 from preftune.errors import UserError
 
@@ -37,6 +38,7 @@ class Verdict:
             "advice": [a.as_json() for a in self.advised.ranked],
             "worth": dict(self.advised.worth),
             "sure": self.advised.sure,
+            "expected_regret": self.advised.loss,
             "beyond_the_study": list(self.advised.strange),
             "circumstances": vars(self.given),
             "validated": dict(shipped().measured),
@@ -79,7 +81,8 @@ def lines(verdict: Verdict) -> list[str]:
     if own.sure:
         said = [f"advice: {first.method}, {first.reason}"]
     else:
-        why = f"beyond what was studied: {', '.join(own.strange)}" if own.strange else "too close"
+        beyond = ", ".join(WORDS[name].quantity for name in own.strange)
+        why = f"beyond what was studied: {beyond}" if beyond else "too close"
         said = [
             f"cannot tell {first.method} from {second.method} ({why})",
             f"  {first.method}, {first.reason}",
@@ -99,9 +102,10 @@ def lines(verdict: Verdict) -> list[str]:
 def validated() -> str:
     """Where the rule was measured, in words."""
     measured = shipped().measured
+    by = ", ".join(f"{source} {x:.2f}" for source, x in measured["by_source"].items())
     return (
         f"The rule: mean regret {measured['mean_regret']:.2f} on {measured['problems']} problems "
-        f"of families it had not seen (best fixed row, {measured['best_fixed']}: "
+        f"of families it had not seen ({by}; best fixed row, {measured['best_fixed']}: "
         f"{measured['best_fixed_regret']:.2f}); validated up to models of "
         f"{measured['parameters']:,} parameters"
     )
