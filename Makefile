@@ -11,7 +11,7 @@ STAMP := .venv/.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint docs bench faults fuzz reproduce clean
+.PHONY: help setup quickstart pipeline test test-slow lint docs bench faults fuzz reproduce clean
 # A recipe that fails must not leave a stamp behind.
 .DELETE_ON_ERROR:
 
@@ -32,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)  ## the main job on what ships with preftune: tune, compare, report
 	$(BIN)/preftune quickstart
+
+pipeline: $(STAMP)  ## the papers' critical path: imitate, learn a reward, optimise it, judge by another
+	$(BIN)/preftune pipeline
 
 test: $(STAMP)  ## the tests, in minutes
 	$(TEST)

@@ -55,6 +55,12 @@ def test_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         automatic.compiles(Config(compile=True), of, tokens, 2)
 
 
+def test_activations_of_a_model_of_few_words() -> None:
+    few = tiny.make("llama", torch.float32)
+    few.resize_token_embeddings(5)
+    assert Transformer(few, end_ids=[tiny.END]).trunk.activation_bytes() > 0
+
+
 def test_activations_are_recomputed_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     of = trunk()
     each = of.activation_bytes()

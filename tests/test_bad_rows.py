@@ -96,7 +96,10 @@ def test_a_reference_that_nothing_reads(refused, train):
 
 
 def test_ppo_without_its_values(refused, train):
-    args = train("--reward", "length:min", "--baseline", "running", method="ppo")
+    """The term that learns them cannot have another baseline; `--baseline` leaves it out."""
+    args = train(
+        "--reward", "length:min", "--set", "terms.1.labeller.baseline=running", method="ppo"
+    )
     assert "baseline: value" in refused(*args)
 
 

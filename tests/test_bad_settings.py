@@ -203,7 +203,7 @@ def test_a_wrong_row_of_the_users_own(refused, train, here, change, message):
         ("length:within", ["length:within=20"]),
         ("length:within=-3", ["above 0"]),
         ("nothing", ["'nothing' is unknown", "length:min"]),
-        ("no/such/folder", ["'no/such/folder' is unknown"]),
+        ("no/such/folder", ["'no/such/folder': no such folder", "preftune reward"]),
         ("rewards.py", ["rewards.py:boom"]),
         ("rewards.py:bom", ["Did you mean 'boom'"]),
         ("rewads.py:boom", ["no such file 'rewads.py'", "'rewards.py'"]),

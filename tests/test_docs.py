@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
+    """Reading the sources takes seconds a page."""
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -21,8 +23,8 @@ def pages() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["methods.md", "metrics.md", "rows.md"])
-def test_a_page_is_what_the_code_says(name):
-    assert (ROOT / "docs" / name).read_text() == pages()[name], "run scripts/make_docs.py"
+def test_a_page_is_what_the_code_says(name, pages):
+    assert (ROOT / "docs" / name).read_text() == pages[name], "run scripts/make_docs.py"
 
 
 def test_the_row_in_the_docs_is_one(tmp_path):

@@ -237,14 +237,15 @@ def given_of(row: Method) -> Samples | None:
 )
 def test_micro_batches_of_any_size_give_one_gradient(method, dtype, tiny_model, ragged_pairs):
     """One prompt at a time, a few, and all at once, on responses of unequal lengths."""
-    found = []
+    parts = parts_of(tiny_model, ragged_pairs, method, dtype)
+    if parts.policy.value_head is not None:
+        torch.nn.init.normal_(
+            parts.policy.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(2)
+        )
+    world, found = world_of(parts), []
     for budget in (100_000, 40, 1):
-        parts = parts_of(tiny_model, ragged_pairs, method, dtype, micro_batch_tokens=budget)
-        if parts.policy.value_head is not None:
-            torch.nn.init.normal_(
-                parts.policy.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(2)
-            )
-        found.append(gradient(parts.method, world_of(parts), given_of(parts.method)))
+        limited = replace(world, micro_batch_tokens=budget)
+        found.append(gradient(parts.method, limited, given_of(parts.method)))
     for other in found[1:]:
         agree(found[0], other, 1e-6 if dtype == "float32" else 1e-12)
 

@@ -213,3 +213,11 @@ def test_the_machinery_names_no_method():
         }
         # a reward is also what it is, and auto a value of settings
         assert not strings & (set(AXES) - {"reward", "auto"}), part
+
+
+def test_another_baseline_takes_the_value_head_away() -> None:
+    own = methods.configure(
+        methods.get("ppo"), {"baseline": "leave_one_out", "samples_per_prompt": 4}
+    )
+    assert len(own.terms) == 1 and "value" not in own.needs
+    assert len(methods.configure(methods.get("ppo"), {"baseline": "value"}).terms) == 2

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from preftune import methods, train
 from preftune.errors import GuardStop, Saved, UserError
+from preftune.huggingface import load_tokenizer
 from preftune.resuming import resumed
 from preftune.training import Event
 
@@ -125,7 +126,7 @@ def test_the_best_checkpoint_is_kept_and_its_model_left(tiny_model, pairs_file, 
 
 
 def test_updates_that_are_not_finite_are_left_out_up_to_a_number(tiny_model, pairs_file, tmp_path):
-    from preftune.huggingface import load_model, load_tokenizer
+    from preftune.huggingface import load_model
 
     def run(name: str, bad: int, **more):
         """The first `bad` updates give no number."""
@@ -191,7 +192,7 @@ def test_size_of_micro_batches_does_not_matter(method, tiny_model, pairs_file, t
 
 
 def test_objects_replace_names(tiny_model, pairs_file, tmp_path):
-    from preftune.huggingface import load_model, load_tokenizer
+    from preftune.huggingface import load_model
 
     rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
     by_name = train(settings(tiny_model, pairs_file, tmp_path / "a"))
@@ -241,6 +242,22 @@ def test_what_a_run_leaves_behind(tiny_model, pairs_file, tmp_path):
     assert tokenizer.chat_template
 
 
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_the_model_keeps_the_template_that_it_was_trained_with(
+    method, tiny_model, pairs_file, tmp_path
+):
+    text = (
+        "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(text)
+    given = {"template": str(tmp_path / "own.jinja"), "method": method, "max_steps": 1}
+    run = train(settings(tiny_model, pairs_file, tmp_path / "r", **given))
+    assert load_tokenizer(str(run.folder / "model")).chat_template == text
+    assert run.parts.tokenizer.chat_template != text, "the user's own stays as it was"
+
+
 def test_resume_refuses_other_settings_and_lists_them(tiny_model, pairs_file, tmp_path):
     config = settings(tiny_model, pairs_file, tmp_path / "r", save_every=2)
     train(config)
@@ -286,7 +303,7 @@ def test_a_model_object_brings_its_own_tokenizer(tiny_model, pairs_file, tmp_pat
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny_model, pairs_file, tmp_path):
-    from preftune.huggingface import load_model, load_tokenizer
+    from preftune.huggingface import load_model
 
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.add_tokens(["<extra>"])

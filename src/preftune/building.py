@@ -173,6 +173,17 @@ class Asked:
         return self.policy.condition(prompt, mask, torch.ones(len(prompt), dtype=torch.bool))
 
 
+def as_rendered(tokenizer: Any, renderer: Renderer | None) -> Any:
+    """The tokenizer with the chat template that a run rendered by, where that is a file's: whoever
+    loads the model, as a reward or to go on, renders as it was trained."""
+    text = None if renderer is None else renderer.template_text
+    if not isinstance(text, str) or text == tokenizer.chat_template:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = text
+    return tokenizer
+
+
 def asking_for_good(tokenizer: Any) -> Any:
     """The tokenizer with a chat template that asks for good responses, so that whoever loads the
     model does: the control stands behind a prompt, and before the answer of a whole conversation.

@@ -21,6 +21,7 @@ HELP = """usage: preftune COMMAND [--help]
   diagnose     what reference, data and reward look like, and which method that suggests
   advise-study what that suggestion is worth, on problems drawn or given
   inspect      template, tokens, loss mask and end token of real rows, before any training
+  pipeline     the papers' critical path: imitate, learn a reward, optimise it, judge by another
   reproduce    the papers' claims, run again: claim, measured, verdict
   report       one HTML page of run folders
   env          versions and devices, for a bug report
@@ -36,6 +37,7 @@ def main() -> None:
 
 _COMPUTING = {
     "quickstart", "train", "diagnose", "advise-study", "reward", "evaluate", "sample", "reproduce",
+    "pipeline",
 }  # fmt: skip
 """Commands whose time is that of large tensors."""
 
@@ -93,7 +95,7 @@ def _dispatch(args: list[str]) -> int:
         "reward": reward, "evaluate": _evaluate,
         "sample": _sample, "diagnose": _diagnose, "advise-study": _advise_study,
         "inspect": _inspect,
-        "reproduce": _reproduce, "report": _report, "env": _env,
+        "pipeline": _pipeline, "reproduce": _reproduce, "report": _report, "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
@@ -136,6 +138,36 @@ def _quickstart(args: list[str]) -> int:
         print(quickstart.NOTE)
         print(f"before training: {Path(own['output']) / 'diagnosis.html'}")
         print(f"report: {Path(own['output']) / 'report.html'}")
+    return 0
+
+
+def _pipeline(args: list[str]) -> int:
+    from preftune import config, flags, inspecting
+    from preftune.progress import Progress, stderr, working
+
+    given, own = flags.parse(
+        "pipeline",
+        "Imitate, learn a reward from half of the pairs, optimise it by several methods, and judge "
+        "them by a reward of the other half.",
+        flags.PIPELINE, args, [JSON],
+    )  # fmt: skip
+    output = Path(given.pop("output", "runs/pipeline"))
+    settings, console = config.load(given), stderr()
+    with working(console, "loading"):
+        from preftune import pipeline
+
+    def say(stage: str) -> None:
+        console.print(f"stage: {stage}", markup=False, highlight=False)
+
+    with Progress(console) as bar:
+        page = pipeline.run(settings, output, say=say, follow=bar)
+    found = pipeline.evaluations(output)
+    if own["json"]:
+        print_json(found)
+        return 0
+    for name, figures in found.items():
+        inspecting.figures(f"{name}: 95 % intervals over prompts, one training seed", figures)
+    print(f"page: {page}")
     return 0
 
 

@@ -23,7 +23,11 @@ EVALUATE = (
 SAMPLE = (*MODEL, "prompts", *GENERATION, *DATA)
 DIAGNOSE = (
     *MODEL, "data", "eval_data", "reward", "reward_weights", "label_source", "max_new_tokens",
-    "seed", "output", *DATA, "micro_batch_tokens", "beta",
+    "seed", "output", *DATA, "micro_batch_tokens", "beta", "learning_rate", "batch_size",
+)  # fmt: skip
+PIPELINE = (
+    *MODEL, "data", "eval_data", "output", "max_steps", "batch_size", "learning_rate",
+    "max_new_tokens", "seed", *DATA, "micro_batch_tokens",
 )  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)
 TRAIN = tuple(name for name in Config.model_fields if name != "terms")

@@ -343,3 +343,22 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder, safe_serialization=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def new_model(folder: Path, core: Any, special: dict[str, str], shape: dict[str, Any]) -> None:
+    """Write the folder of a causal language model with random weights, and its tokenizer.
+
+    Args:
+        core: a `tokenizers.Tokenizer`.
+        special: its special tokens by role, as `eos_token`.
+        shape: of a Llama's configuration; the vocabulary and the end token are the tokenizer's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    _quiet()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **shape,
+    )  # fmt: skip
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder)

@@ -140,7 +140,8 @@ _CURES = {"beta": "tau", "tau": "beta"}
 
 
 def configure(method: Method, settings: Mapping[str, Any]) -> Method:
-    """The row with flat settings in their places.
+    """The row with flat settings in their places. A term that learns values goes where another
+    baseline takes theirs.
 
     Raises:
         UserError: a setting that no term of the row has.
@@ -158,6 +159,8 @@ def configure(method: Method, settings: Mapping[str, Any]) -> Method:
             raise UserError(
                 f"'{name}' has no use in the method '{method.name}'.{hint} Leave it out."
             )
+        if name == "baseline" and value != "value":  # nothing is left for a value head to learn
+            terms = tuple(t for t in terms if "target" not in t.parameters) or terms
         method = replace(method, terms=terms)
     return method
 

@@ -100,6 +100,11 @@ def make(spec: str, classifier: Callable[[str], Reward]) -> Reward:
     if colon and not here and module.replace(".", "").replace("_", "").isalnum():
         if not nearest(module, ["length"]):
             return _function(spec, _from_module(spec, module), name)
+    if not here and (spec.count("/") > 1 or spec.startswith((".", "/", "~"))):
+        raise UserError(
+            f"reward '{spec}': no such folder. Train a reward model with preftune reward "
+            "--output FOLDER, or give the folder of one."
+        )
     if not here and not _HUB_ID.fullmatch(spec):
         raise UserError(f"reward '{spec}' is unknown.{nearest(spec, _examples())} {_KINDS}")
     return classifier(spec)

@@ -285,10 +285,10 @@ def _save_model(parts: Parts, folder: RunFolder) -> None:
     """Write `model/`, which appears whole."""
     work = folder.path / ".tmp-model"
     shutil.rmtree(work, ignore_errors=True)
+    tokenizer = building.as_rendered(parts.tokenizer, parts.renderer)
     if isinstance(parts.model, RewardModel):
-        parts.model.save(work, parts.tokenizer)
+        parts.model.save(work, tokenizer)
     else:
-        tokenizer = parts.tokenizer
         if parts.model.controls is not None:
             tokenizer = building.asking_for_good(tokenizer)
         huggingface.save_model(parts.model.model, tokenizer, work)

@@ -26,6 +26,13 @@ def all_responses(vocab: int, depth: int) -> Int[Tensor, "A depth"]:
     return torch.arange(vocab**depth)[:, None] // place % vocab
 
 
+def response_features(vocab: int, depth: int) -> Float[Tensor, "A F"]:
+    """One-hots of each position's token and of each two neighbours, of every response."""
+    one = F.one_hot(all_responses(vocab, depth), vocab).double()
+    two = one[:, :-1, :, None] * one[:, 1:, None, :]
+    return torch.cat([one.flatten(1), two.flatten(1)], -1)
+
+
 def context_features(num_states: int, vocab: int, depth: int) -> Float[Tensor, "C F"]:
     """What a network sees of each context: one-hots of the state, of each earlier token or of its
     absence, and of the position: F = S + (depth - 1) (V + 1) + depth."""
@@ -189,7 +196,7 @@ class Tree:
                 logp, cdf = self._cumulative(contexts)
                 place = torch.arange(cdf.shape[-2], device=prompt.device).view(place.shape[-2:])
             u = uniform(t, shape).reshape(*contexts.shape, -1)
-            drawn.append(_invert(cdf, u).view(shape))
+            drawn.append(invert(cdf, u).view(shape))
             scores.append(self._chosen(logp, place, drawn[-1]))
             prefix = prefix * self.vocab + drawn[-1]
         tokens = torch.stack(drawn, -1)
@@ -277,7 +284,7 @@ def _at(values: Float[Tensor, "*R m"], place: Int[Tensor, "*R n K T"]) -> Float[
     return values.gather(-1, place.flatten(-3)).view(place.shape)
 
 
-def _invert(cdf: Float[Tensor, "*R m V"], u: Float[Tensor, "*R m q"]) -> Int[Tensor, "*R m q"]:
+def invert(cdf: Float[Tensor, "*R m V"], u: Float[Tensor, "*R m q"]) -> Int[Tensor, "*R m q"]:
     """`sample_index` with several draws from each distribution, which is not repeated for them."""
-    found = torch.searchsorted(cdf, u.to(cdf) * cdf[..., -1:], right=True)
+    found = torch.searchsorted(cdf, (u.to(cdf) * cdf[..., -1:]).contiguous(), right=True)
     return found.clamp_(max=cdf.shape[-1] - 1)
