@@ -10,7 +10,7 @@ from preftune.runs import unnamed
 
 FLAGS = [
     ("list", bool, False, "print the claims, run nothing"),
-    ("full", bool, False, "the rest of each claim's grid too"),
+    ("full", bool, False, "the rest of each claim's grid and its second model size too"),
     ("seed_base", int, 0, "added to every seed"),
     ("workers", int, 2, "processes, one thread each; 0: this one alone"),
     ("output", str | None, None, "folder; default: runs/reproduce-<UTC time>"),
@@ -36,7 +36,7 @@ def reproduce(args: list[str]) -> int:
     with working(console, "loading"):
         from preftune.reproduce import runner
     if own["list"]:
-        _show(runner.claims_listed(own["ids"]), own["json"], inspecting)
+        _show(runner.claims_listed(own["ids"], own["full"]), own["json"], inspecting)
         return 0
     if own["resume"] and own["output"] is None:
         raise UserError("--resume: say which folder with --output.")

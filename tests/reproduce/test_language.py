@@ -101,6 +101,36 @@ def test_what_is_added_up_is_run(name: str) -> None:
             assert {k.partition("@")[0].rpartition(".")[0] for k in one} <= set(s["runs"])
 
 
+def test_the_rest_of_a_grid_and_the_second_size() -> None:
+    small, large = claims_module.choose(["e6-min"], full=True)
+    assert (small.size, large.size, small.parts[0].margin) == (
+        "",
+        "width-128",
+        large.parts[0].margin,
+    )
+    assert claims_module.choose(["e6-min"]) == [small]
+    assert claims_module.choose([large.key]) == [large]
+    own, every = (EXPERIMENTS["difference"].plan(small, SEEDS, full) for full in (False, True))  # type: ignore[misc]
+    assert own.items() <= every.items() and len(every) == 4 * len(own)
+    rates = sorted(c.learning_rate for n, (c, _) in every.items() if n.startswith("dpo, rate"))  # type: ignore[attr-defined]
+    assert rates == pytest.approx([0.001 / 3, 0.001, 0.003])
+    (wide,) = {c.place.width for c in cells_of(large).values()}  # type: ignore[attr-defined]
+    assert wide == 128
+
+
+def test_the_grid_changes_no_verdict_and_is_told() -> None:
+    claim = replace(CLAIMS["control-reversed-e3-synthetic"])
+    ends = {"dpo": (1.0, 2.0, 5.0), "pref_ft": (3.0, 1.0, 2.0)}
+    runs = {n: curves(gold=[[0, 0, own[1]]] * 2) for n, own in ends.items()}
+    alone = language.difference(claim, SEEDS, runs)
+    for name, own in ends.items():
+        for times, end in zip(language.GRID, own, strict=True):
+            runs[language.at(name, times)] = curves(gold=[[0, 0, end]] * 2)
+    both = language.difference(claim, SEEDS, runs)
+    assert torch.equal(alone.values[""], both.values[""]) and alone.values[""].tolist() == [-1, -1]
+    assert both.notes == ["With each run at the best of 3 rates: -2.000."] and not alone.notes
+
+
 def test_one_cell_stands_in_many_claims() -> None:
     one, other = (cells_of(CLAIMS[f"{n}-synthetic"])["dpo"] for n in ("e6-min", "first-1"))
     assert one.key == other.key and one.key != cells_of(CLAIMS["e6-mode-synthetic"])["dpo"].key

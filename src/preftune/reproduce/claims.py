@@ -1,7 +1,7 @@
 """Claims as `claims.yaml` fixes them before they are run, and how numbers become verdicts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any, Literal
 
@@ -47,11 +47,19 @@ class Claim:
     group: str = "bandits"
     by: str = ""
     """The experiment that measures it; "" is one of its own, by its id."""
+    size: str = ""
+    """"" is the size of the model that the claim is made for; else a second one's name."""
 
     @property
     def key(self) -> str:
-        """The id and, where it is not a bandit's, the scale: one id may stand at several."""
-        return self.id if self.scale == "bandit" else f"{self.id}-{self.scale}"
+        """The id and, where it is not a bandit's, scale and size: one id may stand at several."""
+        return key_of({"id": self.id, "scale": self.scale, "size": self.size})
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """`Claim.key` of a row of results."""
+    scale = "" if row["scale"] == "bandit" else row["scale"]
+    return "-".join(filter(None, (row["id"], scale, row["size"])))
 
 
 @dataclass(kw_only=True)
@@ -91,8 +99,11 @@ FILES = {
     "model.yaml": {"group": "model", "scale": "model", "label_source": "rm_same"},
 }  # fmt: skip
 """Of claims, and what all of a file have in common."""
-BY_NAME = {"model"}
+BY_NAME = {"model", "larger"}
 """Groups that are run only where they are named: they take hours."""
+LARGER = {"width": 128}
+"""What language claims have at their second size (group `larger`), those apart whose runs have
+widths of their own."""
 
 
 def load() -> dict[str, Claim]:
@@ -104,8 +115,20 @@ def load() -> dict[str, Claim]:
         text = resources.files("preftune.reproduce").joinpath(name).read_text("utf-8")
         for one, entry in yaml.safe_load(text).items():
             claim = _claim(one, common | entry)
-            found[claim.key] = claim
+            both = [claim, *_at_second_size(claim)]
+            found |= {c.key: c for c in both}
     return found
+
+
+def _at_second_size(claim: Claim) -> list[Claim]:
+    """The same of a larger model, at the same settings."""
+    widths = any("width" in own for own in claim.settings.get("runs", {}).values())
+    if claim.group != "language" or widths:
+        return []
+    size = ", ".join(f"{k} {v}" for k, v in LARGER.items())
+    parts = tuple(replace(p, statistic=f"{p.statistic}; {size}") for p in claim.parts)
+    name, settings = size.replace(" ", "-"), {**claim.settings, **LARGER}
+    return [replace(claim, group="larger", size=name, settings=settings, parts=parts)]
 
 
 def _claim(name: str, entry: dict[str, Any]) -> Claim:
@@ -117,8 +140,11 @@ def _claim(name: str, entry: dict[str, Any]) -> Claim:
     return Claim(id=name, parts=parts, **entry)
 
 
-def choose(ids: Sequence[str]) -> list[Claim]:
+def choose(ids: Sequence[str], full: bool = False) -> list[Claim]:
     """The claims of these ids (at every scale), keys or groups; all if none is given.
+
+    Args:
+        full: each also at its second size.
 
     Raises:
         UserError: an id that is neither.
@@ -130,12 +156,13 @@ def choose(ids: Sequence[str]) -> list[Claim]:
             raise UserError(
                 f"claim '{name}' is unknown.{nearest(name, names)} See preftune reproduce --list."
             )
-    if not ids:
-        return [c for c in known.values() if c.group not in BY_NAME]
-    found = [c for c in known.values() if {c.id, c.key, c.group} & set(ids)]
+    found = [c for c in known.values() if not ids or {c.id, c.key, c.group} & set(ids)]
     # an id that also stands elsewhere does not mean what takes hours
     quick = {c.id for c in found if c.group not in BY_NAME}
-    return [c for c in found if c.id not in quick or _meant(c, ids)]
+    found = [c for c in found if _meant(c, ids) or (ids and c.id not in quick)]
+    chosen = {(c.id, c.scale) for c in found}
+    more = [c for c in known.values() if full and c.size and (c.id, c.scale) in chosen]
+    return found + [c for c in more if c not in found]
 
 
 def _meant(claim: Claim, ids: Sequence[str]) -> bool:
@@ -178,7 +205,8 @@ def listed(claim: Claim, part: Part) -> dict[str, Any]:
     """A part that has not been run: the same row without numbers."""
     return {
         "id": claim.id, "part": part.name, "claim": part.claim, "statistic": part.statistic,
-        "source": claim.source, "scale": claim.scale, "label_source": claim.label_source,
+        "source": claim.source, "scale": claim.scale, "size": claim.size,
+        "label_source": claim.label_source,
         "measured": None, "interval": None, "direction": part.direction, "margin": part.margin,
         "seeds": part.seeds or claim.seeds, "verdict": None, "settings": dict(claim.settings),
     }  # fmt: skip

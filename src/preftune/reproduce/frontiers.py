@@ -9,7 +9,7 @@ from torch import Tensor
 
 from preftune.reproduce import charts
 from preftune.reproduce.claims import Cells, Claim, Measured, experiment
-from preftune.reproduce.language import cell, notes
+from preftune.reproduce.language import GRID, cell, notes
 from preftune.study import Curves
 
 Runs = Mapping[str, Curves]
@@ -24,7 +24,9 @@ def _plan(claim: Claim, seeds: Sequence[int], full: bool) -> Cells:
     return {
         _named(name, rate): (cell(s, {**own, "learning_rate": rate}), seeds)
         for name, own in s["runs"].items()
-        for rate in s["rates"]
+        for rate in sorted(
+            {rate * times for rate in s["rates"] for times in (GRID if full else (1.0,))}
+        )
     }
 
 

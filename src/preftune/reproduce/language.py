@@ -26,7 +26,9 @@ Sum = Mapping[str, float]
 OF_A_CELL = ("method", "updates", "batch_size", "learning_rate", "evals", "answers")
 OF_A_PLACE = ("problem", "model", "width")
 APART = ("pairs", "judge", "seed_offset")
-NOT_OF_RUNS = ("runs", "value", "figure", "grid", "sides", "pair", "rates", "of")
+NOT_OF_RUNS = ("runs", "value", "figure", "sides", "pair", "rates", "of")
+GRID = (1 / 3, 1.0, 3.0)
+"""Times a run's learning rate: all are run with `--full`."""
 
 
 def cell(common: Mapping[str, Any], own: Mapping[str, Any]) -> TextCell:
@@ -56,11 +58,25 @@ def rate(method: str, place: Place) -> float:
 
 def _plan(claim: Claim, seeds: Sequence[int], full: bool) -> Cells:
     s = claim.settings
-    wanted = {**s["runs"], **(s.get("grid", {}) if full else {})}
+    wanted = {**s["runs"], **(_grid(s) if full else {})}
     return {
         name: (cell(s, own), [seed + own.get("seed_offset", 0) for seed in seeds])
         for name, own in wanted.items()
     }
+
+
+def _grid(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each run at every rate."""
+    return {
+        at(name, times): {**own, "learning_rate": times * cell(settings, own).learning_rate}
+        for name, own in settings["runs"].items()
+        for times in GRID
+    }
+
+
+def at(name: str, times: float) -> str:
+    """A run of the grid."""
+    return f"{name}, rate x {times:.2g}"
 
 
 @experiment("difference", plan=_plan)
@@ -70,11 +86,27 @@ def difference(claim: Claim, seeds: Sequence[int], runs: Runs) -> Measured:
     of_parts = s["value"] if claim.parts[0].name else {"": s["value"]}
     values = {part.name: value(of_parts[part.name], runs) for part in claim.parts}
     figure = s.get("figure", "gold")
-    shown = {name: (c.steps, c.figures[figure]) for name, c in runs.items() if figure in c.figures}
+    curves = {n: (c.steps, c.figures[figure]) for n, c in runs.items() if figure in c.figures}
+    shown = {name: curve for name, curve in curves.items() if name in s["runs"]}
     return Measured(
-        values=values, rows=charts.table("update", figure, seeds, shown),
-        figure=charts.lines(f"{claim.id}: {figure}", "updates", figure, shown), notes=notes(runs),
+        values=values, rows=charts.table("update", figure, seeds, curves),
+        figure=charts.lines(f"{claim.key}: {figure}", "updates", figure, shown),
+        notes=[*notes(runs), *_at_best_rates(s["runs"], of_parts, runs)],
     )  # fmt: skip
+
+
+def _at_best_rates(
+    names: Sequence[str], of_parts: Mapping[str, Sum | Sequence[Sum]], runs: Runs
+) -> list[str]:
+    """Of the whole grid, where it was run: the numbers if every run had the rate at which it ends
+    with the most true reward, chosen on the very seeds that are shown, so kind to all."""
+    grids = {n: [runs[at(n, r)] for r in GRID if at(n, r) in runs] for n in names}
+    if not all(grids.values()):
+        return []
+    best = {n: max(grid, key=lambda c: float(c.last("gold").mean())) for n, grid in grids.items()}
+    found = {part: float(value(sums, best).mean()) for part, sums in of_parts.items()}
+    listed = ", ".join(f"{part} {mean:+.3f}".strip() for part, mean in found.items())
+    return [f"With each run at the best of {len(GRID)} rates: {listed}."]
 
 
 def value(sums: Sum | Sequence[Sum], runs: Runs) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from preftune.durable import write_text
 from preftune.report import frame
-from preftune.reproduce.claims import Claim, Measured
+from preftune.reproduce.claims import Claim, Measured, key_of
 
 VERDICTS = {"holds": "holds", "does_not_hold": "does not hold", "not_seen": "not seen"}
 
@@ -29,7 +29,7 @@ def write_page(
         "facts": _facts(rows, seed_base, full),
         "table": _table(rows),
         "claims": "".join(
-            _section(c, [r for r in rows if key(r) == c.key], found[c.key]) for c in claims
+            _section(c, [r for r in rows if key_of(r) == c.key], found[c.key]) for c in claims
         ),
     }
     write_text(path, frame.page("preftune.reproduce", "preftune reproduce", figures, parts))
@@ -59,14 +59,9 @@ def needed(row: Mapping[str, Any]) -> str:
     return f"{sign}{row['margin']:g}"
 
 
-def key(row: Mapping[str, Any]) -> str:
-    """Of its claim (`Claim.key`)."""
-    return str(row["id"] if row["scale"] == "bandit" else f"{row['id']}-{row['scale']}")
-
-
 def name(row: Mapping[str, Any]) -> str:
     """The claim, and which part of it."""
-    return f"{key(row)}: {row['part']}" if row["part"] else key(row)
+    return f"{key_of(row)}: {row['part']}" if row["part"] else key_of(row)
 
 
 def _facts(rows: Sequence[Mapping[str, Any]], seed_base: int, full: bool) -> str:
@@ -80,7 +75,7 @@ def _facts(rows: Sequence[Mapping[str, Any]], seed_base: int, full: bool) -> str
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
-        f'<tr><th scope="row"><a href="#{key(r)}">{html.escape(name(r))}</a></th>'
+        f'<tr><th scope="row"><a href="#{key_of(r)}">{html.escape(name(r))}</a></th>'
         f"<td>{html.escape(r['claim'])}</td><td>{shown(r)}</td><td>{needed(r)}</td>"
         f"<td><b>{VERDICTS[r['verdict']]}</b></td></tr>"
         for r in rows

@@ -50,9 +50,9 @@ def _experiments() -> None:
         import_module(f"preftune.reproduce.{name}")
 
 
-def claims_listed(ids: Sequence[str]) -> list[dict[str, Any]]:
+def claims_listed(ids: Sequence[str], full: bool = False) -> list[dict[str, Any]]:
     """The claims as they stand, with nothing run."""
-    return [listed(claim, part) for claim in choose(ids) for part in claim.parts]
+    return [listed(claim, part) for claim in choose(ids, full) for part in claim.parts]
 
 
 def reproduce(
@@ -70,7 +70,8 @@ def reproduce(
     Args:
         ids: claims or groups; all if empty.
         folder: of the study; each claim's data, figure and result go below it.
-        full: the rest of each claim's grid too (the verdict is of the claim's own points).
+        full: the rest of each claim's grid too (the verdict is of the claim's own points), and
+            language claims at their second size.
         seed_base: added to every seed.
         workers: processes; 0 for this one alone.
         resume: go on with a folder, whose finished runs are kept.
@@ -79,7 +80,7 @@ def reproduce(
         UserError: an unknown id, or a folder that cannot be used.
     """
     _experiments()
-    claims = choose(ids)
+    claims = choose(ids, full)
     seeds = {c.key: tuple(range(seed_base, seed_base + c.seeds)) for c in claims}
     plans = {
         c.key: plan(c, seeds[c.key], full)
