@@ -99,8 +99,8 @@ def held_at_each(
 @pytest.mark.parametrize(
     ("name", "coefficient", "values", "steps"),
     [
-        ("ppo", "kl", (0.05, 1.5), 400),
-        ("rloo", "kl", (0.05, 1.5), 240),
+        pytest.param("ppo", "kl", (0.05, 1.5), 400, marks=pytest.mark.slow),
+        pytest.param("rloo", "kl", (0.05, 1.5), 240, marks=pytest.mark.slow),
         ("hypo", "weight", (0.005, 0.15), 240),
     ],
 )

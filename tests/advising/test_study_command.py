@@ -12,7 +12,7 @@ def shrunk(folder: Path) -> None:
     """Budgets for a few updates, so that a test is quick."""
     for path in folder.glob("*.json"):
         plain = json.loads(path.read_text())
-        plain |= {"budget": 400.0, "beta": 0.15, "pairs": plain["pairs"][:100]}
+        plain |= {"budget": 200.0, "beta": 0.15, "pairs": plain["pairs"][:100]}
         path.write_text(json.dumps(plain))
 
 

@@ -7,7 +7,7 @@ is that at half of its updates. A list of such sums is the least of them: a meth
 several others. With parts, `value` has one by the name of each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -96,7 +96,7 @@ def difference(claim: Claim, seeds: Sequence[int], runs: Runs) -> Measured:
 
 
 def _at_best_rates(
-    names: Sequence[str], of_parts: Mapping[str, Sum | Sequence[Sum]], runs: Runs
+    names: Iterable[str], of_parts: Mapping[str, Sum | Sequence[Sum]], runs: Runs
 ) -> list[str]:
     """Of the whole grid, where it was run: the numbers if every run had the rate at which it ends
     with the most true reward, chosen on the very seeds that are shown, so kind to all."""
