@@ -20,7 +20,9 @@ def write_page(path: Path, result: Mapping[str, Any]) -> Path:
         "facts": _facts(result),
         "how": html.escape(result["how"]),
         "competitors": _competitors(result),
-        "families": _family_table(result),
+        "families": _groups("family", result["by_family"]),
+        "sources": _groups("who labels", result["by_source"]),
+        "kinds": _groups("kind of problem", result["by_kind"]),
         "worst": _worst(result),
         "apart": _apart(result),
     }
@@ -70,12 +72,12 @@ def _competitors(result: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _family_table(result: Mapping[str, Any]) -> str:
+def _groups(name: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(
-        ("family", "problems", *SHOWN),
+        (name, "problems", *SHOWN),
         (
-            (name, str(x["problems"]), *(f"{x[column]:.3f}" for column in SHOWN))
-            for name, x in result["by_family"].items()
+            (group, str(x["problems"]), *(f"{x[column]:.3f}" for column in SHOWN))
+            for group, x in groups.items()
         ),
     )
 
