@@ -18,6 +18,7 @@ HELP = """usage: preftune COMMAND [--help]
   reward       train a Bradley-Terry reward model on preferences
   evaluate     reward, KL, win rate and more of a model on prompts
   sample       responses with log-probs (JSON lines), side by side with --versus
+  label        two fresh samples side by side on a local page: preferences by people
   diagnose     what reference, data and reward look like, and which method that suggests
   advise-study what that suggestion is worth, on problems drawn or given
   inspect      template, tokens, loss mask and end token of real rows, before any training
@@ -93,7 +94,7 @@ def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
-        "sample": _sample, "diagnose": _diagnose, "advise-study": _advise_study,
+        "sample": _sample, "label": _label, "diagnose": _diagnose, "advise-study": _advise_study,
         "inspect": _inspect,
         "pipeline": _pipeline, "reproduce": _reproduce, "report": _report, "env": _env,
     }  # fmt: skip
@@ -238,6 +239,12 @@ def _sample(args: list[str]) -> int:
         for row in rows:
             print_json(row)
     return 0
+
+
+def _label(args: list[str]) -> int:
+    from preftune.cli_label import label
+
+    return label(args)
 
 
 def _diagnose(args: list[str]) -> int:

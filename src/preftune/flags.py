@@ -29,6 +29,9 @@ PIPELINE = (
     *MODEL, "data", "eval_data", "output", "max_steps", "batch_size", "learning_rate",
     "max_new_tokens", "seed", *DATA, "micro_batch_tokens",
 )  # fmt: skip
+LABEL = (
+    *MODEL, "prompts", *(g for g in GENERATION if g != "samples_per_prompt"), *DATA, "output",
+)  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)
 TRAIN = tuple(name for name in Config.model_fields if name != "terms")
 
