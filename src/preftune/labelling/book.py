@@ -161,7 +161,8 @@ class Book:
     def _take(self, row: dict[str, Any]) -> None:
         kind = row.pop("kind")
         if kind == "pair":
-            pair = Pair(**row | {k: tuple(row[k]) for k in ("responses", "finished", "writers")})
+            twos: Any = {k: tuple(row.pop(k)) for k in ("responses", "finished", "writers")}
+            pair = Pair(**row, **twos)
             self.pairs[pair.id] = pair
         elif kind == "judgement":
             said = Judgement(**row)
