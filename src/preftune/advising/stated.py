@@ -23,7 +23,7 @@ class Effort:
 
 EFFORT: dict[str, Effort] = {
     "enumerable": Effort(settings=6, selection=(0, 1), fresh=(10, 11, 12, 13)),
-    "text": Effort(settings=2, selection=(0,), fresh=(10, 11, 12)),
+    "text": Effort(settings=2, selection=(0,), fresh=(10, 11)),
 }
 """By kind: a run of a language model takes a hundred times as long."""
 
