@@ -1,4 +1,4 @@
-"""Write docs/methods.md, docs/metrics.md and docs/rows.md from the code.
+"""Write the pages of docs/ that are made from the code.
 
 python scripts/make_docs.py           write them
 python scripts/make_docs.py --check   fail where they differ from the code
@@ -10,6 +10,10 @@ from pathlib import Path
 
 from preftune import commands, evaluate, meanings, reward_evaluation
 from preftune.measures import DOCUMENTED
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from reference_pages import config_page, papers_page  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs"
 _AXES = ("on_policy", "sample_reuse", "negative_gradient", "mode_seeking")
@@ -136,9 +140,15 @@ def _names(documented: Mapping[str, str]) -> list[str]:
     return [_row([f"`{name}`", text]) for name, text in documented.items()]
 
 
+PAGES = {
+    "methods.md": methods_page, "metrics.md": metrics_page, "rows.md": parts_page,
+    "config.md": config_page, "papers.md": papers_page,
+}  # fmt: skip
+
+
 def main() -> int:
     """Write the pages, or compare them."""
-    pages = {"methods.md": methods_page(), "metrics.md": metrics_page(), "rows.md": parts_page()}
+    pages = {name: make() for name, make in PAGES.items()}
     stale = [n for n, t in pages.items() if not (DOCS / n).exists() or (DOCS / n).read_text() != t]
     if "--check" in sys.argv[1:]:
         print(f"stale: {', '.join(stale)}; run scripts/make_docs.py" if stale else "docs agree")

@@ -15,14 +15,10 @@ def pages() -> dict[str, str]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return {
-        "methods.md": module.methods_page(),
-        "metrics.md": module.metrics_page(),
-        "rows.md": module.parts_page(),
-    }
+    return {name: make() for name, make in module.PAGES.items()}
 
 
-@pytest.mark.parametrize("name", ["methods.md", "metrics.md", "rows.md"])
+@pytest.mark.parametrize("name", ["methods.md", "metrics.md", "rows.md", "config.md", "papers.md"])
 def test_a_page_is_what_the_code_says(name, pages):
     assert (ROOT / "docs" / name).read_text() == pages[name], "run scripts/make_docs.py"
 
