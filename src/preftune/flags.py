@@ -29,6 +29,13 @@ PIPELINE = (
     *MODEL, "data", "eval_data", "output", "max_steps", "batch_size", "learning_rate",
     "max_new_tokens", "seed", *DATA, "micro_batch_tokens",
 )  # fmt: skip
+COMPARE = tuple(
+    name for name in Config.model_fields
+    if name not in {
+        "method", "terms", "eval_fraction", "max_steps", "epochs", "judge", "retention", "best_by",
+        "eval_every", "save_every", "log_every", "optimizer",
+    }
+)  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)
 TRAIN = tuple(name for name in Config.model_fields if name != "terms")
 

@@ -1,0 +1,325 @@
+"""How a budget is divided: rates x seeds x updates, from what a short timing found. Pure arithmetic.
+
+All runs of a comparison have the same training time (or updates, or responses), so a method whose
+updates are slower makes fewer. What does not fit is cut in a fixed order, and said: first the grid
+of rates, then seeds (never below two), then updates.
+"""
+
+import heapq
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from preftune.errors import UserError
+
+GRID = 3
+"""Learning rates a method, unless they are given."""
+FACTOR = 3.0
+"""From one rate of the grid to the next."""
+MOST_RATE = 3e-3
+LEAST_SEEDS = 2
+LEAST_UPDATES = 8
+"""Of a run, below which the grid and seeds are cut first."""
+FEWEST_UPDATES = 2
+"""Without which there is nothing to compare."""
+SAFE = 0.9
+"""Share of the time left that is given away: runs take longer than the timing said, not shorter."""
+CLOSING = 8.0
+"""Seconds for figures and page."""
+CURVE_PROMPTS, CURVE_POINTS = 8, 3
+"""Of evaluations on the way of a run."""
+ANSWERS_SHARE = 1 / 3
+"""Of a run's time, at most, for its last evaluation, as long as enough prompts are left."""
+ENOUGH_PROMPTS = 16
+SIZES = (16, 8, 4, 2)
+"""Reference samples a prompt for best-of-n: the most whose time is a small share of the whole."""
+SIZES_SHARE = 0.08
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a method costs on this machine, beside the other processes: seconds, and responses."""
+
+    ready: float
+    """To load and prepare."""
+    update: float
+    """Of an update, the reference's log-probs of its data with it."""
+    answer: float
+    """To answer one held-out prompt and to measure the answer."""
+    trained: float = 1.0
+    """Responses trained on in an update."""
+    parameters: float = 135e6
+    default_rate: float = 1e-6
+
+    def run(self, updates: int, prompts: int, curve: int = 0) -> float:
+        """Seconds of a run with its evaluations."""
+        return self.ready + updates * self.update + (prompts + CURVE_POINTS * curve) * self.answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user wants."""
+
+    budget: float | None = None
+    """Seconds of the whole command."""
+    per_run: float | None = None
+    """Seconds of a run."""
+    steps: int | None = None
+    samples: int | None = None
+    """Responses that a run trains on."""
+    seeds: int = 3
+    grids: Mapping[str, int] = field(default_factory=dict)
+    """Rates of each method at most; 1 where its rate is given."""
+    workers: int = 1
+    selection: int
+    final: int
+    """Held-out prompts that there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is run."""
+
+    grids: dict[str, int]
+    seeds: int
+    updates: dict[str, int]
+    final: int
+    """Held-out prompts of the last evaluation."""
+    selection: int
+    curve: int
+    samples: int
+    """Reference samples a prompt."""
+    seconds: float
+    """That all of it is expected to take from now on."""
+    cuts: tuple[str, ...] = ()
+    """What was cut and why, in sentences."""
+
+
+def parse_time(text: str, flag: str = "--budget") -> float:
+    """Seconds of `90s`, `10m` or `1.5h`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"{flag} '{text}': is no time. Give seconds, minutes or hours: 90s, 10m.")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def rates(cost: Cost, updates: int, count: int) -> list[float]:
+    """A small grid about a centre, the lowest first.
+
+    A row's own rate was vetted in runs of thousands of updates. A run of a few must take larger
+    steps to get anywhere: 5e-4 over all updates was found for 135M parameters, and larger models
+    want smaller steps. Two rates lie around the centre; one is the centre.
+    """
+    short = 5e-4 * (135e6 / max(1.0, cost.parameters)) ** 0.6 / max(1, updates)
+    centre = max(cost.default_rate, short)
+    steps = {1: (0.0,), 2: (-0.5, 0.5)}.get(count, tuple(range(-(count // 2), count - count // 2)))
+    found = [min(MOST_RATE, centre * FACTOR**step) for step in steps]
+    return list(dict.fromkeys(float(f"{rate:.2g}") for rate in found))
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Places of `count` of so many things, evenly from the first to the last; the middle of one."""
+    if count >= length:
+        return list(range(length))
+    if count == 1:
+        return [length // 2]
+    return [round(i * (length - 1) / (count - 1)) for i in range(count)]
+
+
+def makespan(costs: Sequence[float], workers: int) -> float:
+    """Seconds until all jobs have ended, the longest begun first."""
+    ends = [0.0] * max(1, workers)
+    for cost in sorted(costs, reverse=True):
+        heapq.heapreplace(ends, ends[0] + cost)
+    return max(ends)
+
+
+def expected(plan: Plan, costs: Mapping[str, Cost], workers: int, *, chosen: bool = False) -> float:
+    """Seconds of all that is planned; `chosen`: of what follows the choice of rates."""
+    reference = max(c.ready + plan.final * plan.samples * c.answer for c in costs.values())
+    chooses = [
+        costs[m].run(plan.updates[m], plan.selection)
+        for m in costs for _ in range(plan.grids[m] if plan.grids[m] > 1 else 0)
+    ]  # fmt: skip
+    finals = [
+        costs[m].run(plan.updates[m], plan.final, plan.curve)
+        for m in costs for _ in range(plan.seeds)
+    ]  # fmt: skip
+    if chosen:
+        return makespan(finals, workers)
+    return makespan([reference, *chooses], workers) + makespan(finals, workers)
+
+
+def divide(asked: Asked, costs: Mapping[str, Cost]) -> Plan:
+    """The plan for what was asked.
+
+    Args:
+        asked: `budget` is what is left of it after the timing.
+
+    Raises:
+        UserError: not even two updates fit; the time that they would take is said.
+    """
+    plan = Plan(
+        grids={m: asked.grids.get(m, GRID) for m in costs}, seeds=asked.seeds,
+        updates=dict.fromkeys(costs, FEWEST_UPDATES), final=asked.final, selection=asked.selection,
+        curve=min(CURVE_PROMPTS, asked.final), samples=SIZES[0], seconds=0.0,
+    )  # fmt: skip
+    if asked.budget is None:
+        plan = replace(plan, updates=_updates(asked, costs, plan))
+    else:
+        plan = _within(plan, asked, costs, asked.budget * SAFE - CLOSING)
+    return replace(plan, seconds=expected(plan, costs, asked.workers) + CLOSING)
+
+
+def _updates(asked: Asked, costs: Mapping[str, Cost], plan: Plan) -> dict[str, int]:
+    """Of each method, where a run's own size is given."""
+    if asked.steps is not None:
+        return dict.fromkeys(costs, asked.steps)
+    if asked.samples is not None:
+        return {m: max(1, round(asked.samples / c.trained)) for m, c in costs.items()}
+    assert asked.per_run is not None, "one of the budgets is given"
+    found = {}
+    for name, cost in costs.items():
+        left = asked.per_run - cost.run(0, plan.final, plan.curve)
+        found[name] = int(left / cost.update)
+        if found[name] < FEWEST_UPDATES:
+            needed = cost.run(FEWEST_UPDATES, plan.final, plan.curve)
+            raise UserError(
+                f"--budget-per-run: {asked.per_run:.0f} s are too few for '{name}', whose start and "
+                f"evaluation alone take most of them. Give {math.ceil(1.2 * needed)}s or more."
+            )
+    return found
+
+
+def _within(plan: Plan, asked: Asked, costs: Mapping[str, Cost], seconds: float) -> Plan:
+    """The first plan, in the order of cuts, whose runs have enough updates."""
+    found: Plan | None = None
+    for shape in _shapes(plan):
+        fits = _longest(shape, asked, costs, seconds)
+        if fits is None:
+            continue
+        found = fits
+        if min(fits.updates.values()) >= LEAST_UPDATES:
+            break
+    if found is None:
+        least = list(_shapes(plan))[-1]
+        least = _sized(least, asked, costs, 0.0)
+        needed = (expected(least, costs, asked.workers) + CLOSING) / SAFE
+        raise UserError(
+            f"--budget: too short for {len(costs)} methods and {least.seeds} seeds: "
+            f"{FEWEST_UPDATES} updates of each would take about {math.ceil(needed / 60)} more "
+            "minutes. Give more time, fewer methods, or fewer --max-new-tokens."
+        )
+    return replace(found, cuts=tuple(_cut_words(plan, found)))
+
+
+def _shapes(plan: Plan) -> Sequence[Plan]:
+    """The plan, then less and less of it: rates first, then seeds."""
+    widest = max(plan.grids.values())
+    fewer = [
+        replace(plan, grids={m: min(n, size) for m, n in plan.grids.items()})
+        for size in range(widest, 0, -1)
+    ]
+    return [*fewer, *(replace(fewer[-1], seeds=s)
+                      for s in range(plan.seeds - 1, LEAST_SEEDS - 1, -1))]  # fmt: skip
+
+
+def _longest(plan: Plan, asked: Asked, costs: Mapping[str, Cost], seconds: float) -> Plan | None:
+    """The longest runs of this shape that fit; None where not even the fewest updates do."""
+
+    def fits(training: float) -> bool:
+        sized = _sized(plan, asked, costs, training)
+        return expected(sized, costs, asked.workers) <= seconds
+
+    low, high = FEWEST_UPDATES * max(c.update for c in costs.values()), max(1.0, seconds)
+    if not fits(low):
+        return None
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return _sized(plan, asked, costs, low)
+
+
+def _sized(plan: Plan, asked: Asked, costs: Mapping[str, Cost], training: float) -> Plan:
+    """The plan with so many seconds of training a run."""
+    slowest = max(c.answer for c in costs.values())
+    updates = {
+        m: max(FEWEST_UPDATES, int(training / c.update + 1e-9)) for m, c in costs.items()
+    }  # fmt: skip
+    room = int(ANSWERS_SHARE * training / slowest)
+    final = min(asked.final, max(ENOUGH_PROMPTS, room))
+    allowed = SIZES_SHARE * (asked.budget or math.inf) * asked.workers
+    samples = next((m for m in SIZES if m * final * slowest <= allowed), SIZES[-1])
+    return replace(
+        plan, updates=updates, final=final, samples=samples,
+        selection=min(asked.selection, max(ENOUGH_PROMPTS, room)),
+        curve=min(CURVE_PROMPTS, final),
+    )  # fmt: skip
+
+
+def _cut_words(wanted: Plan, found: Plan) -> list[str]:
+    """What was cut, in the order of cuts."""
+    out = []
+    before, after = max(wanted.grids.values()), max(found.grids.values())
+    if before > after > 1:
+        out.append(f"The grid has {after} learning rates a method in place of {before}.")
+    elif before > after:
+        out.append(
+            "No learning rate was chosen: each method has the one that is the default for runs of "
+            "this length. Another rate may change the order of methods."
+        )
+    if found.seeds < wanted.seeds:
+        out.append(f"{found.seeds} training seeds in place of {wanted.seeds}.")
+    least = min(found.updates.values())
+    if least < LEAST_UPDATES:
+        out.append(
+            f"Runs are very short: only {least} updates of the slowest method. Read this as a "
+            "trial of the settings, not as an answer."
+        )
+    if found.final < wanted.final:
+        out.append(f"Methods are judged on {found.final} of {wanted.final} held-out prompts.")
+    if found.samples < wanted.samples:
+        out.append(
+            f"Best-of-n is of {found.samples} samples of the untrained model in place of "
+            f"{wanted.samples}."
+        )
+    return out
+
+
+def again(plan: Plan, asked: Asked, costs: Mapping[str, Cost], left: float) -> Plan:
+    """The plan of the final runs, once rates are chosen and `left` seconds remain of the budget:
+    what was slower than the timing said is made good by fewer seeds, then by shorter runs."""
+    seconds = left - CLOSING
+    if expected(plan, costs, asked.workers, chosen=True) <= seconds:
+        return plan
+    for seeds in range(plan.seeds, LEAST_SEEDS - 1, -1):
+        share = 1.0
+        while share > 0.05:
+            updates = {m: max(FEWEST_UPDATES, int(n * share)) for m, n in plan.updates.items()}
+            shorter = replace(plan, seeds=seeds, updates=updates)
+            if expected(shorter, costs, asked.workers, chosen=True) <= seconds:
+                break
+            share -= 0.05
+        if share > 0.05 and min(updates.values()) >= min(LEAST_UPDATES, *plan.updates.values()):
+            break
+    words = f"The machine was slower than in the timing: final runs have {share:.0%} of the updates"
+    if seeds < plan.seeds:
+        words += f" and {seeds} seeds in place of {plan.seeds}"
+    more = "" if share == 1 else " that rates were chosen with"
+    return replace(shorter, cuts=(*plan.cuts, f"{words}{more}."))
+
+
+def plain(plan: Plan) -> dict[str, Any]:
+    """As JSON holds it."""
+    return {**vars(plan), "cuts": list(plan.cuts)}
+
+
+def from_plain(found: Mapping[str, Any]) -> Plan:
+    """What `plain` gave."""
+    return Plan(**{**found, "cuts": tuple(found["cuts"])})
