@@ -8,6 +8,7 @@ from typing import Any
 
 from preftune.cli_train import JSON, assigned, print_json
 from preftune.errors import UserError
+from preftune.huggingface import DEFAULT_MODEL
 from preftune.runs import RunFolder, unnamed
 
 BUDGETS = ("budget", "budget_per_run", "steps", "samples")
@@ -34,16 +35,22 @@ def compare(args: Sequence[str]) -> int:
         from preftune.comparing import compare as comparing
         from preftune.comparing import fleet
     request = _request(given, own, folder, resume)
-    workers, threads = _workers(own, request.settings, fleet.default_workers())
+    model = str(request.settings.get("model", DEFAULT_MODEL))
+    usual = fleet.default_workers(model, len(request.entries) * request.seeds)
+    workers, threads = _workers(own, request.settings, usual)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    with Progress(console) as bar:
-        found = comparing.compare(
-            request, folder, workers=workers, threads=threads, began=began, resume=resume,
-            stage=_stage(bar), say=say,
-        )  # fmt: skip
+    try:
+        with Progress(console) as bar:
+            found = comparing.compare(
+                request, folder, workers=workers, threads=threads, began=began, resume=resume,
+                stage=_stage(bar), say=say,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        say(f"saved: preftune compare --output {folder} --resume goes on from there")
+        raise
     say(f"page: {folder / 'report.html'}")
     if own["json"]:
         print_json(found)
@@ -72,8 +79,8 @@ def _flags() -> list[Any]:
         ("samples", int | None, None, "responses that each run trains on"),
         ("seeds", int, 3, "training seeds a method"),
         ("rates", str | None, None, rates),
-        ("workers", int | None, None, "processes; 0: this one alone (default: one for each GPU, or "
-         "for each two cores)"),
+        ("workers", int | None, None, "processes; 0: this one alone (default: one a GPU, or one a "
+         "core as far as memory goes)"),
         ("keep_models", bool, False, "keep the models of the final runs"),
         ("config", str | None, None, "YAML file of settings, with those of a method under "
          "methods: NAME; flags win"),

@@ -29,7 +29,7 @@ Stage = Callable[[str], Callable[[int, int, str], None]]
 CHOICE_SEED = 1000
 """Added to the first seed: rates are chosen by a run that is not among those that are judged."""
 ORDER = {"timing": 0, "reference": 1, "selection": 2, "final": 3}
-TIMING_PROMPTS = 16
+TIMING_PROMPTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +203,11 @@ class _Stages:
 
     def time(self) -> dict[str, Cost]:
         """A few updates and answers of each competitor."""
+        # to answer a prompt takes each of them as long: they are of one model
         few = min(TIMING_PROMPTS, self.held.selection)
         jobs = [
             self._job("timing", entry, f"timing-{entry.name}", seed=self._seed + CHOICE_SEED,
-                      updates=running.TIMED, rate=None, order=i, prompts=few)
+                      updates=running.TIMED, rate=None, order=i, prompts=0 if i else few)
             for i, entry in enumerate(self.request.entries)
         ]  # fmt: skip
         found = self._finish("timing", jobs)
@@ -221,7 +222,12 @@ class _Stages:
         if len(self.timing) < 2:
             words = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
             raise UserError(f"--methods: fewer than two can be run here. {words}")
-        return {e.name: cost_of(self.timing[e.name]) for e in self.entries}
+        # a process's first run loads libraries, too, which the ones that follow do not
+        ready = min(t["seconds"]["ready"] for t in self.timing.values())
+        answer = max(_answer(t) for t in found.values())
+        costs = {e.name: cost_of(self.timing[e.name]) for e in self.entries}
+        answer = answer or max(c.update for c in costs.values())  # the one that was to tell failed
+        return {name: replace(c, ready=ready, answer=answer) for name, c in costs.items()}
 
     def plan(self, costs: Mapping[str, Cost], left: float | None) -> Plan:
         """How the budget is divided; settled once."""
@@ -236,7 +242,7 @@ class _Stages:
         r = self.request
         known = min(t["facts"]["held_out"] for t in self.timing.values())
         return Asked(
-            budget=left, per_run=r.per_run, steps=r.steps, samples=r.samples, seeds=r.seeds,
+            budget=left, spent=0.0 if left is None else (r.budget or 0.0) - left, per_run=r.per_run, steps=r.steps, samples=r.samples, seeds=r.seeds,
             grids={e.name: len(given) if (given := self._given(e)) else plan.GRID
                    for e in self.entries},
             workers=self.workers, selection=min(known, self.held.selection), final=self.held.final,
@@ -330,16 +336,22 @@ class _Stages:
         self._finish("final runs", jobs)
 
 
+def _answer(timing: Mapping[str, Any]) -> float:
+    """Seconds of a held-out prompt; 0 where none was answered."""
+    count = len(timing.get("answers", {}).get("row", ()))
+    return timing["seconds"]["answers"] / count if count else 0.0
+
+
 def cost_of(timing: Mapping[str, Any]) -> Cost:
     """What a timing run found."""
     curve = {row["step"]: row for row in timing["curve"]}
     last = max(curve)
-    half = last // 2
+    half = max(0, last - 2)
     seconds = (curve[last]["seconds"] - curve[half]["seconds"]) / (last - half)
     return Cost(
         ready=timing["seconds"]["ready"],
         update=max(1e-6, seconds + timing["seconds"]["cache"] / last),
-        answer=timing["seconds"]["answers"] / max(1, len(timing["answers"]["row"])),
+        answer=_answer(timing),
         trained=max(1.0, (curve[last]["trained"] - curve[half]["trained"]) / (last - half)),
         parameters=float(timing["facts"]["parameters"]),
         default_rate=float(timing["facts"]["default_rate"]),

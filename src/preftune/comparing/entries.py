@@ -51,11 +51,11 @@ def make(
         UserError: too few, an unknown name, settings that do not fit.
     """
     listed = list(names) or list(own)
-    if len(set(listed)) < 2:
-        raise UserError("--methods: give two or more, as --methods dpo,on_policy_dpo.")
     twice = sorted({name for name in listed if listed.count(name) > 1})
     if twice:
         raise UserError(f"--methods: '{twice[0]}' is given twice.")
+    if len(listed) < 2:
+        raise UserError("--methods: give two or more, as --methods dpo,on_policy_dpo.")
     strangers = [name for name in own if name not in listed]
     if strangers:
         raise UserError(f"methods: '{strangers[0]}' has settings and is not among --methods.")

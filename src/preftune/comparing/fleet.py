@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
-from preftune import startup
+from preftune import huggingface, startup
 from preftune.comparing import locks, running
 from preftune.comparing.job import Job, read, result_of, result_path, write, write_result
 from preftune.errors import Saved
+from preftune.policies.blocks import free_memory
 from preftune.signals import Signals
 
+BYTES = 9.0
+"""That a run holds for each byte of a model's files, which are of 16 bits a number mostly."""
 DEATHS = 3
 """Processes that died over a job, after which it counts as failed."""
 LOOK = 0.5
@@ -177,10 +180,24 @@ class Fleet:
             yield "CUDA_VISIBLE_DEVICES", devices[number % len(devices)]
 
 
-def default_workers() -> tuple[int, int]:
-    """Processes and threads of each: a device each, or on a processor two threads each."""
+def default_workers(model: str, runs: int) -> tuple[int, int]:
+    """Processes and threads of each: one a GPU, else one a core as far as runs and memory go.
+
+    Two runs beside one another on a thread each lose nothing to waiting for one another, as one run
+    on two threads does, above all where other programs want the cores as well.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.device_count(), max(1, (os.cpu_count() or 1) // torch.cuda.device_count())
+        devices = torch.cuda.device_count()
+        return devices, max(1, (os.cpu_count() or 1) // devices)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = max(1, (cores or 1) // 2)
+    room = int(free_memory(torch.device("cpu")) // _needed(model))
+    workers = max(1, min(cores or 1, runs, room))
     return workers, max(1, (cores or 1) // workers)
+
+
+def _needed(model: str) -> float:
+    """Bytes that a run of the model takes, roughly: weights, gradients, moments and a reference in
+    float32 and half of it, and the libraries."""
+    folder = Path(huggingface.resolve_model(model))
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else []
+    return 1.5 * 2**30 + BYTES * sum(path.stat().st_size for path in files)

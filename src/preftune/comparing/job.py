@@ -31,7 +31,7 @@ class Job:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Of the row's terms, by dotted path."""
     prompts: int
-    """Held-out prompts that are answered at the end."""
+    """Held-out prompts that are answered at the end; 0: none."""
     samples: int = 1
     """Answers to each of them."""
     curve: int = 0

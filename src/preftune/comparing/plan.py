@@ -1,4 +1,4 @@
-"""How a budget is divided: rates x seeds x updates, from what a short timing found. Pure arithmetic.
+"""How a budget is divided: rates x seeds x updates, from what a short timing found. Arithmetic.
 
 All runs of a comparison have the same training time (or updates, or responses), so a method whose
 updates are slower makes fewer. What does not fit is cut in a fixed order, and said: first the grid
@@ -32,7 +32,9 @@ CURVE_PROMPTS, CURVE_POINTS = 8, 3
 """Of evaluations on the way of a run."""
 ANSWERS_SHARE = 1 / 3
 """Of a run's time, at most, for its last evaluation, as long as enough prompts are left."""
-ENOUGH_PROMPTS = 16
+ENOUGH_PROMPTS = 8
+LEAST_CURVE = 4
+"""Prompts of an evaluation on the way, fewer than which show nothing: there is none then."""
 SIZES = (16, 8, 4, 2)
 """Reference samples a prompt for best-of-n: the most whose time is a small share of the whole."""
 SIZES_SHARE = 0.08
@@ -63,7 +65,9 @@ class Asked:
     """What the user wants."""
 
     budget: float | None = None
-    """Seconds of the whole command."""
+    """Seconds that are left of it."""
+    spent: float = 0.0
+    """Seconds of it that are gone."""
     per_run: float | None = None
     """Seconds of a run."""
     steps: int | None = None
@@ -107,6 +111,11 @@ def parse_time(text: str, flag: str = "--budget") -> float:
     if match is None or float(match[1]) <= 0:
         raise UserError(f"{flag} '{text}': is no time. Give seconds, minutes or hours: 90s, 10m.")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def in_words(seconds: float) -> str:
+    """A time as `parse_time` reads it, rounded up."""
+    return f"{math.ceil(seconds)}s" if seconds < 100 else f"{math.ceil(seconds / 60)}m"
 
 
 def rates(cost: Cost, updates: int, count: int) -> list[float]:
@@ -209,14 +218,29 @@ def _within(plan: Plan, asked: Asked, costs: Mapping[str, Cost], seconds: float)
             break
     if found is None:
         least = list(_shapes(plan))[-1]
-        least = _sized(least, asked, costs, 0.0)
-        needed = (expected(least, costs, asked.workers) + CLOSING) / SAFE
         raise UserError(
             f"--budget: too short for {len(costs)} methods and {least.seeds} seeds: "
-            f"{FEWEST_UPDATES} updates of each would take about {math.ceil(needed / 60)} more "
-            "minutes. Give more time, fewer methods, or fewer --max-new-tokens."
+            f"{FEWEST_UPDATES} updates of each take about "
+            f"{in_words(asked.spent + _least_time(least, asked, costs))}. Give at least that, "
+            "fewer methods or fewer --max-new-tokens."
         )
     return replace(found, cuts=tuple(_cut_words(plan, found)))
+
+
+def _least_time(plan: Plan, asked: Asked, costs: Mapping[str, Cost]) -> float:
+    """Seconds that would do for this shape: what is measured grows a little with them."""
+    needed = asked.budget or 0.0
+    while True:
+        sized = _sized(plan, replace(asked, budget=needed), costs, _shortest(costs))
+        total = (expected(sized, costs, asked.workers) + CLOSING) / SAFE
+        if total <= needed:
+            return needed
+        needed = total + 1e-6
+
+
+def _shortest(costs: Mapping[str, Cost]) -> float:
+    """Seconds of training in which each makes the fewest updates."""
+    return FEWEST_UPDATES * max(c.update for c in costs.values())
 
 
 def _shapes(plan: Plan) -> Sequence[Plan]:
@@ -237,7 +261,7 @@ def _longest(plan: Plan, asked: Asked, costs: Mapping[str, Cost], seconds: float
         sized = _sized(plan, asked, costs, training)
         return expected(sized, costs, asked.workers) <= seconds
 
-    low, high = FEWEST_UPDATES * max(c.update for c in costs.values()), max(1.0, seconds)
+    low, high = _shortest(costs), max(1.0, seconds)
     if not fits(low):
         return None
     for _ in range(50):
@@ -256,10 +280,11 @@ def _sized(plan: Plan, asked: Asked, costs: Mapping[str, Cost], training: float)
     final = min(asked.final, max(ENOUGH_PROMPTS, room))
     allowed = SIZES_SHARE * (asked.budget or math.inf) * asked.workers
     samples = next((m for m in SIZES if m * final * slowest <= allowed), SIZES[-1])
+    few = min(CURVE_PROMPTS, final // 4)
     return replace(
         plan, updates=updates, final=final, samples=samples,
         selection=min(asked.selection, max(ENOUGH_PROMPTS, room)),
-        curve=min(CURVE_PROMPTS, final),
+        curve=few if few >= LEAST_CURVE else 0,
     )  # fmt: skip
 
 
@@ -284,6 +309,8 @@ def _cut_words(wanted: Plan, found: Plan) -> list[str]:
         )
     if found.final < wanted.final:
         out.append(f"Methods are judged on {found.final} of {wanted.final} held-out prompts.")
+    if wanted.curve and not found.curve:
+        out.append("Nothing was measured on the way of a run, only at its end.")
     if found.samples < wanted.samples:
         out.append(
             f"Best-of-n is of {found.samples} samples of the untrained model in place of "
@@ -295,24 +322,33 @@ def _cut_words(wanted: Plan, found: Plan) -> list[str]:
 def again(plan: Plan, asked: Asked, costs: Mapping[str, Cost], left: float) -> Plan:
     """The plan of the final runs, once rates are chosen and `left` seconds remain of the budget:
     what was slower than the timing said is made good by fewer seeds, then by shorter runs."""
-    seconds = left - CLOSING
-    if expected(plan, costs, asked.workers, chosen=True) <= seconds:
+    if _fits_again(plan, asked, costs, left):
         return plan
-    for seeds in range(plan.seeds, LEAST_SEEDS - 1, -1):
-        share = 1.0
-        while share > 0.05:
-            updates = {m: max(FEWEST_UPDATES, int(n * share)) for m, n in plan.updates.items()}
-            shorter = replace(plan, seeds=seeds, updates=updates)
-            if expected(shorter, costs, asked.workers, chosen=True) <= seconds:
-                break
-            share -= 0.05
-        if share > 0.05 and min(updates.values()) >= min(LEAST_UPDATES, *plan.updates.values()):
-            break
-    words = f"The machine was slower than in the timing: final runs have {share:.0%} of the updates"
+    enough = min(LEAST_UPDATES, *plan.updates.values())
+    shorter = [
+        _shortened(plan, seeds, share / 20)
+        for seeds in range(plan.seeds, LEAST_SEEDS - 1, -1)
+        for share in range(20, 0, -1)
+    ]
+    fitting = [found for found in shorter if _fits_again(found, asked, costs, left)]
+    long_enough = [found for found in fitting if min(found.updates.values()) >= enough]
+    return next(iter([*long_enough, *fitting, shorter[-1]]))
+
+
+def _fits_again(plan: Plan, asked: Asked, costs: Mapping[str, Cost], left: float) -> bool:
+    return expected(plan, costs, asked.workers, chosen=True) <= left - CLOSING
+
+
+def _shortened(plan: Plan, seeds: int, share: float) -> Plan:
+    """The plan with so many seeds and this share of the updates, and that in words."""
+    updates = {m: max(FEWEST_UPDATES, int(n * share)) for m, n in plan.updates.items()}
+    parts = []
     if seeds < plan.seeds:
-        words += f" and {seeds} seeds in place of {plan.seeds}"
-    more = "" if share == 1 else " that rates were chosen with"
-    return replace(shorter, cuts=(*plan.cuts, f"{words}{more}."))
+        parts.append(f"there are {seeds} training seeds in place of {plan.seeds}")
+    if share < 1:
+        parts.append(f"final runs have {share:.0%} of the updates that rates were chosen with")
+    words = f"The machine was slower than in the timing: {' and '.join(parts)}."
+    return replace(plan, seeds=seeds, updates=updates, cuts=(*plan.cuts, words))
 
 
 def plain(plan: Plan) -> dict[str, Any]:

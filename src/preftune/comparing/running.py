@@ -23,8 +23,8 @@ from preftune.runs import RunFolder
 
 Tell = Callable[[int, int], None]
 """How far a run is: (step, of)."""
-TIMED = 4
-"""Updates of a timing run, of which the last two are timed: the first ones find out what works."""
+TIMED = 3
+"""Updates of a timing run, of which the last two are timed: the first finds out what works."""
 POINTS = 4
 """Evaluations on the way of a run, the one at its end among them."""
 SHOWN = 12
@@ -76,8 +76,7 @@ def _trained(job: Job, folder: Path, tell: Tell) -> dict[str, Any]:
     values = _settings(job, folder)
     output = Path(values["output"])
     with RunFolder.held(output):
-        if (output / "model").is_dir():  # it ended, but its result was not kept
-            shutil.rmtree(output / "model")
+        _take_up(output, values)
         parts = prepare(configs.load(resuming.resumed(values)), overrides=job.overrides)
         settings = make_settings(parts)
         if job.curve:
@@ -91,7 +90,7 @@ def _trained(job: Job, folder: Path, tell: Tell) -> dict[str, Any]:
             watch=watch.counted, keep_model=job.keep_model,
         )  # fmt: skip
         trained = time.perf_counter()
-        answers = held_out.held_out_answers(parts, parts.policy, job.prompts, job.samples)
+        said = _answered(job, parts, settings.max_steps) if job.prompts else {}
         ended = time.perf_counter()
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return {
@@ -99,8 +98,7 @@ def _trained(job: Job, folder: Path, tell: Tell) -> dict[str, Any]:
         "updates": max(watch.counts),
         "asked": settings.max_steps,
         "curve": watch.curve(),
-        "answers": per_prompt(parts, answers),
-        "texts": held_out.sample_rows(parts, answers, settings.max_steps, SHOWN),
+        **said,
         "notes": parts.notes,
         "seconds": {
             "ready": watch.ready - began, "cache": watch.start - watch.ready,
@@ -108,6 +106,25 @@ def _trained(job: Job, folder: Path, tell: Tell) -> dict[str, Any]:
         },
         **_facts(parts, folder),
     }  # fmt: skip
+
+
+def _take_up(output: Path, values: Mapping[str, Any]) -> None:
+    """Make a run's folder one that can be gone on with here."""
+    if (output / "model").is_dir():  # it ended, but its result was not kept
+        shutil.rmtree(output / "model")
+    if (output / "config.yaml").is_file():  # begun where the comparison's folder has another path
+        begun = RunFolder(output).read_config()
+        own = {name: values[name] for name in ("data", "prompts", "eval_data") if name in values}
+        RunFolder(output).write_config({**begun, **own})
+
+
+def _answered(job: Job, parts: Parts, step: int) -> dict[str, Any]:
+    """The trained model's answers, as numbers and some of them as text."""
+    answers = held_out.held_out_answers(parts, parts.policy, job.prompts, job.samples)
+    return {
+        "answers": per_prompt(parts, answers),
+        "texts": held_out.sample_rows(parts, answers, step, SHOWN),
+    }
 
 
 class _Watch:

@@ -111,7 +111,7 @@ def student_quantile(p: float, freedom: float) -> float:
         high *= 2
     while student_cdf(low, freedom) > p:
         low *= 2
-    for _ in range(100):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if student_cdf(middle, freedom) < p else (low, middle)
     return (low + high) / 2
