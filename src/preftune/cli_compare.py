@@ -14,8 +14,8 @@ from preftune.runs import RunFolder, unnamed
 BUDGETS = ("budget", "budget_per_run", "steps", "samples")
 DEFAULT_BUDGET = "10m"
 _TEXT = (
-    "Train several methods at the same budget with several seeds, each at a learning rate chosen on "
-    "held-out prompts, and say which one is better and by how much."
+    "Train several methods at the same budget with several seeds, each at a learning rate chosen "
+    "on held-out prompts, and say which one is better and by how much."
 )
 
 

@@ -52,10 +52,6 @@ def _title(role: str, found: Found) -> str:
     return "Gold reward" if role == "gold" else "Reward (proxy)" if gold else "Reward"
 
 
-def _unit(role: str, found: Found) -> str:
-    return wording.unit(found["facts"][role]) or "the reward's own unit"
-
-
 def _way(
     role: str, able: Sequence[Found], drawn: Mapping[str, Style], places: Mapping[str, int],
     found: Found,
@@ -78,11 +74,16 @@ def _way(
         "half-way is not what a run of half the length would reach.",
         data=data,
         layout={
-            "xaxis": {"title": {"text": AXES["step"][1]}},
-            "yaxis": {"title": {"text": html.escape(f"{_title(role, found)} ({_unit(role, found)})")}},
+            "xaxis": {"title": {"text": AXES["step"][1]}}, "yaxis": _reward_axis(role, found),
             "hovermode": "closest", "height": 420,
         },
     )  # fmt: skip
+
+
+def _reward_axis(role: str, found: Found) -> dict[str, Any]:
+    """Its title, with the unit where that is known."""
+    unit = wording.unit(found["facts"][role]) or "the reward's own unit"
+    return {"title": {"text": html.escape(f"{_title(role, found)} ({unit})")}}
 
 
 def mean_way(ways: Sequence[Sequence[Found]]) -> list[dict[str, float]]:
@@ -145,7 +146,7 @@ def _frontier(
         data=data,
         layout={
             "xaxis": {"title": {"text": AXES["kl"][1]}, "rangemode": "tozero"},
-            "yaxis": {"title": {"text": html.escape(f"{_title(by, found)} ({_unit(by, found)})")}},
+            "yaxis": _reward_axis(by, found),
             "hovermode": "closest", "height": 420,
         },
     )  # fmt: skip

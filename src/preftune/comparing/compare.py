@@ -241,8 +241,10 @@ class _Stages:
     def _asked(self, left: float | None) -> Asked:
         r = self.request
         known = min(t["facts"]["held_out"] for t in self.timing.values())
+        spent = 0.0 if left is None else (r.budget or 0.0) - left
         return Asked(
-            budget=left, spent=0.0 if left is None else (r.budget or 0.0) - left, per_run=r.per_run, steps=r.steps, samples=r.samples, seeds=r.seeds,
+            budget=left, spent=spent, per_run=r.per_run, steps=r.steps, samples=r.samples,
+            seeds=r.seeds,
             grids={e.name: len(given) if (given := self._given(e)) else plan.GRID
                    for e in self.entries},
             workers=self.workers, selection=min(known, self.held.selection), final=self.held.final,

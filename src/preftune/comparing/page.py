@@ -51,16 +51,18 @@ def _facts(found: Found) -> dict[str, object]:
     settings, facts, plan = found["settings"], found["facts"], found["plan"]
     split, seconds = found["prompts"], found.get("seconds", {})
     source = facts["label_source"] or "unknown"
+    data = settings.get("data") or settings.get("prompts")
     out: dict[str, object] = {
         "Model": settings.get("model", "smollm2-135m"),
-        "Data": f"{settings.get('data') or settings.get('prompts')} ({split['rows']} rows to train on)",
+        "Data": f"{data} ({split['rows']} rows to train on)",
         "Reward": facts["reward"],
     }
     if facts["gold"]:
         out["Gold reward"] = facts["gold"]
     out["Labels from"] = LABEL_SOURCES.get(source, source)
     out["Seeds"] = plan["seeds"]
-    out["Held-out prompts"] = f"{plan['final']} to judge, {plan['selection']} to choose rates"
+    judged = found["reference"]["figures"]["reward"]["prompts"]
+    out["Held-out prompts"] = f"{judged} to judge, {plan['selection']} to choose rates"
     if seconds:
         out["Took"] = _minutes(seconds["whole"])
         out["Budget"] = _budget(found)

@@ -179,11 +179,18 @@ def divide(asked: Asked, costs: Mapping[str, Cost]) -> Plan:
         updates=dict.fromkeys(costs, FEWEST_UPDATES), final=asked.final, selection=asked.selection,
         curve=min(CURVE_PROMPTS, asked.final), samples=SIZES[0], seconds=0.0,
     )  # fmt: skip
+    wanted = plan
+    if asked.per_run is not None:  # evaluations must leave room for training
+        plan = _sized(plan, asked, costs, (1 - ANSWERS_SHARE) * asked.per_run)
     if asked.budget is None:
         plan = replace(plan, updates=_updates(asked, costs, plan))
     else:
         plan = _within(plan, asked, costs, asked.budget * SAFE - CLOSING)
-    return replace(plan, seconds=expected(plan, costs, asked.workers) + CLOSING)
+    return replace(
+        plan,
+        seconds=expected(plan, costs, asked.workers) + CLOSING,
+        cuts=tuple(_cut_words(wanted, plan, own_length=asked.budget is None)),
+    )
 
 
 def _updates(asked: Asked, costs: Mapping[str, Cost], plan: Plan) -> dict[str, int]:
@@ -200,8 +207,8 @@ def _updates(asked: Asked, costs: Mapping[str, Cost], plan: Plan) -> dict[str, i
         if found[name] < FEWEST_UPDATES:
             needed = cost.run(FEWEST_UPDATES, plan.final, plan.curve)
             raise UserError(
-                f"--budget-per-run: {asked.per_run:.0f} s are too few for '{name}', whose start and "
-                f"evaluation alone take most of them. Give {math.ceil(1.2 * needed)}s or more."
+                f"--budget-per-run: {asked.per_run:.0f} s are too few for '{name}', whose start "
+                f"and evaluation take most of them. Give {math.ceil(1.2 * needed)}s or more."
             )
     return found
 
@@ -224,7 +231,7 @@ def _within(plan: Plan, asked: Asked, costs: Mapping[str, Cost], seconds: float)
             f"{in_words(asked.spent + _least_time(least, asked, costs))}. Give at least that, "
             "fewer methods or fewer --max-new-tokens."
         )
-    return replace(found, cuts=tuple(_cut_words(plan, found)))
+    return found
 
 
 def _least_time(plan: Plan, asked: Asked, costs: Mapping[str, Cost]) -> float:
@@ -276,7 +283,7 @@ def _sized(plan: Plan, asked: Asked, costs: Mapping[str, Cost], training: float)
     updates = {
         m: max(FEWEST_UPDATES, int(training / c.update + 1e-9)) for m, c in costs.items()
     }  # fmt: skip
-    room = int(ANSWERS_SHARE * training / slowest)
+    room = int(ANSWERS_SHARE * training / max(slowest, 1e-9))
     final = min(asked.final, max(ENOUGH_PROMPTS, room))
     allowed = SIZES_SHARE * (asked.budget or math.inf) * asked.workers
     samples = next((m for m in SIZES if m * final * slowest <= allowed), SIZES[-1])
@@ -288,8 +295,8 @@ def _sized(plan: Plan, asked: Asked, costs: Mapping[str, Cost], training: float)
     )  # fmt: skip
 
 
-def _cut_words(wanted: Plan, found: Plan) -> list[str]:
-    """What was cut, in the order of cuts."""
+def _cut_words(wanted: Plan, found: Plan, *, own_length: bool) -> list[str]:
+    """What was cut, in the order of cuts; `own_length`: how long runs are was given."""
     out = []
     before, after = max(wanted.grids.values()), max(found.grids.values())
     if before > after > 1:
@@ -302,7 +309,7 @@ def _cut_words(wanted: Plan, found: Plan) -> list[str]:
     if found.seeds < wanted.seeds:
         out.append(f"{found.seeds} training seeds in place of {wanted.seeds}.")
     least = min(found.updates.values())
-    if least < LEAST_UPDATES:
+    if least < LEAST_UPDATES and not own_length:
         out.append(
             f"Runs are very short: only {least} updates of the slowest method. Read this as a "
             "trial of the settings, not as an answer."

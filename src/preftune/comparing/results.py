@@ -14,6 +14,7 @@ from preftune.report.read import best_of_kl
 Result = Mapping[str, Any]
 FIGURES = ("reward", "gold", "kl", "length", "entropy", "no_end")
 COUNTS = ("trained", "drawn", "judged")
+SHOWN = ("response", "reward", "tokens", "finished")
 TEXTS = 8
 """Held-out prompts whose answers are shown."""
 
@@ -214,9 +215,9 @@ def _texts(runs: Mapping[str, Sequence[Result]], reference: Result) -> list[dict
     out = []
     for place, row in enumerate(reference["texts"][:TEXTS]):
         answers = [
-            {"method": name, **{k: texts[place][k] for k in ("response", "reward", "tokens", "finished")}}
+            {"method": name, **{k: texts[place][k] for k in SHOWN}}
             for name, texts in sides.items()
             if place < len(texts) and texts[place]["row"] == row["row"]
-        ]  # fmt: skip
+        ]
         out.append({"prompt": row["prompt"], "answers": answers})
     return out

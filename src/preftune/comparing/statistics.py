@@ -7,9 +7,10 @@ samples: of the seeds that might have been drawn, and of the prompts. With d = m
 
     (M_seed + M_prompt - M_rest) / (S P)
 
-with the mean squares of the two-way layout, and Satterthwaite's degrees of freedom. A bootstrap over
-two or three seeds gives intervals that are far too short (it draws seeds from the three it has);
-this one has about the coverage that it says, at the price of long intervals where seeds differ.
+with the mean squares of the two-way layout, and Satterthwaite's degrees of freedom. A bootstrap
+over two or three seeds gives intervals that are far too short (it draws seeds from the three it
+has); this one has about the coverage that it says, at the price of long intervals where seeds
+differ.
 """
 
 import math

@@ -53,8 +53,8 @@ class Example:
         sides = ("chosen", "rejected") if len(self.responses) == 2 else ("completion",)
         flags = tuple(f"{s}_finished" for s in sides) if len(sides) == 2 else ("finished",)
         out: dict[str, Any] = {"prompt": self.prompt}
-        for side, flag, said, done in zip(sides, flags, self.responses, self.finished, strict=False):
-            out |= {side: said} | ({} if done else {flag: False})
+        for at, said in enumerate(self.responses):
+            out |= {sides[at]: said} | ({} if self.finished[at] else {flags[at]: False})
         return out | self.columns
 
 
