@@ -92,7 +92,7 @@ def _flags() -> list[Any]:
 
 def _request(given: dict[str, Any], own: Mapping[str, Any], folder: Path, resume: bool) -> Any:
     """What is asked: of the flags, or of the folder that is gone on with."""
-    from preftune.comparing.compare import request_of
+    from preftune.comparing.request import request_of
 
     if not (resume and (folder / "config.yaml").is_file()):
         return _asked(given, own)
@@ -110,7 +110,7 @@ def _request(given: dict[str, Any], own: Mapping[str, Any], folder: Path, resume
 
 def _asked(given: dict[str, Any], own: Mapping[str, Any]) -> Any:
     from preftune.comparing import entries, plan
-    from preftune.comparing.compare import Request
+    from preftune.comparing.request import Request
 
     common, per_method = _file(own["config"])
     common |= given
@@ -184,7 +184,7 @@ def _rates(text: str | None) -> list[float]:
 
 def _budget(own: Mapping[str, Any]) -> dict[str, Any]:
     """One of the four, or the default."""
-    from preftune.comparing.plan import parse_time
+    from preftune.comparing.costs import parse_time
 
     asked = [name for name in BUDGETS if own[name] is not None]
     if len(asked) > 1:

@@ -11,7 +11,7 @@ import yaml
 
 from preftune import cli
 from preftune.comparing import running
-from preftune.comparing.compare import once
+from preftune.comparing.stages import once
 
 PAIRS = 33
 """Of as many prompts: eleven are held out."""

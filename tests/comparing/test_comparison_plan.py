@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from preftune.comparing import plan
-from preftune.comparing.plan import Asked, Cost, Plan
+from preftune.comparing import costs, plan
+from preftune.comparing.costs import Cost
+from preftune.comparing.plan import Asked, Plan
 from preftune.errors import UserError
 
 FAST = Cost(ready=2.0, update=1.0, answer=0.1, trained=16)
@@ -23,19 +24,19 @@ def divided(seconds: float, **changes: object) -> Plan:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
 def test_times(text: str, seconds: float) -> None:
-    assert plan.parse_time(text) == seconds
-    assert plan.in_words(seconds) in (text, "90m")
+    assert costs.parse_time(text) == seconds
+    assert costs.in_words(seconds) in (text, "90m")
 
 
 @pytest.mark.parametrize("text", ["10", "m", "-3m", "0s", "10 minutes", "1d"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--budget-per-run"):
-        plan.parse_time(text, "--budget-per-run")
+        costs.parse_time(text, "--budget-per-run")
 
 
 def test_jobs_side_by_side() -> None:
-    assert plan.makespan([3.0, 3.0, 2.0, 2.0, 2.0], 2) == 7.0
-    assert plan.makespan([3.0, 1.0], 1) == 4.0 and plan.makespan([], 3) == 0.0
+    assert costs.makespan([3.0, 3.0, 2.0, 2.0, 2.0], 2) == 7.0
+    assert costs.makespan([3.0, 1.0], 1) == 4.0 and costs.makespan([], 3) == 0.0
 
 
 def test_a_run_costs_its_start_its_updates_and_its_answers() -> None:
@@ -105,15 +106,15 @@ def test_steps_samples_and_time_of_a_run() -> None:
 
 def test_rates_lie_about_a_centre() -> None:
     small = Cost(ready=1.0, update=1.0, answer=1.0, parameters=135e6, default_rate=1e-6)
-    assert plan.rates(small, 10, 3) == [1.7e-5, 5e-5, 1.5e-4]
-    assert plan.rates(small, 10, 1) == [5e-5]
-    low, high = plan.rates(small, 10, 2)
+    assert costs.rates(small, 10, 3) == [1.7e-5, 5e-5, 1.5e-4]
+    assert costs.rates(small, 10, 1) == [5e-5]
+    low, high = costs.rates(small, 10, 2)
     assert low < 5e-5 < high and high / low == pytest.approx(3, rel=0.05)
     # in a long run the row's own rate is the larger one; a tiny model's is bounded
-    assert plan.rates(replace(small, default_rate=2e-5), 1000, 1) == [2e-5]
-    assert plan.rates(replace(small, parameters=1e3), 1, 3) == [plan.MOST_RATE]
-    assert plan.spread(5, 3) == [0, 2, 4] and plan.spread(4, 1) == [2]
-    assert plan.spread(2, 3) == [0, 1]
+    assert costs.rates(replace(small, default_rate=2e-5), 1000, 1) == [2e-5]
+    assert costs.rates(replace(small, parameters=1e3), 1, 3) == [costs.MOST_RATE]
+    assert costs.spread(5, 3) == [0, 2, 4] and costs.spread(4, 1) == [2]
+    assert costs.spread(2, 3) == [0, 1]
 
 
 def test_a_slower_machine_shortens_the_final_runs_and_says_so() -> None:

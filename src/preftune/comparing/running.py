@@ -23,8 +23,8 @@ from preftune.runs import RunFolder
 
 Tell = Callable[[int, int], None]
 """How far a run is: (step, of)."""
-TIMED = 3
-"""Updates of a timing run, of which the last two are timed: the first finds out what works."""
+TIMED = 4
+"""Updates of a timing run, of which the last two are timed: the first ones find out what works."""
 POINTS = 4
 """Evaluations on the way of a run, the one at its end among them."""
 SHOWN = 12
