@@ -13,6 +13,8 @@ from preftune.runs import RunFolder, unnamed
 
 BUDGETS = ("budget", "budget_per_run", "steps", "samples")
 DEFAULT_BUDGET = "10m"
+OF_MACHINE = ("threads", "device")
+"""Settings that may differ from one machine to another."""
 _TEXT = (
     "Train several methods at the same budget with several seeds, each at a learning rate chosen "
     "on held-out prompts, and say which one is better and by how much."
@@ -97,6 +99,12 @@ def _request(given: dict[str, Any], own: Mapping[str, Any], folder: Path, resume
     if not (resume and (folder / "config.yaml").is_file()):
         return _asked(given, own)
     asked = request_of(RunFolder(folder).read_config(), folder)
+    changed = [k for k, v in given.items() if k not in OF_MACHINE and asked.settings.get(k) != v]
+    if changed and not (own["methods"] or own["config"]):
+        raise UserError(
+            f"resume '{folder}': {', '.join(changed)} differs from what it was begun with. Leave "
+            "it out, or give another folder."
+        )
     if own["methods"] or own["config"]:
         mine, kept = _asked(given, own).plain(), asked.plain()
         differs = sorted(k for k in kept if mine[k] != kept[k])

@@ -263,3 +263,48 @@ def test_a_decision_is_made_once(tmp_path: Path) -> None:
     assert once(tmp_path / "plan.json", {"seeds": 3}) == {"seeds": 3}
     assert once(tmp_path / "plan.json", {"seeds": 2}) == {"seeds": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_going_on_with_other_settings_is_refused(
+    done: tuple[Path, dict[str, Any]], refused: Callable[..., str]
+) -> None:
+    """Those of a machine may differ."""
+    folder = str(done[0])
+    given = ("compare", "--output", folder, "--resume", "--workers", "0")
+    assert "batch_size differs" in refused(*given, "--batch-size", "16")
+    more = ("--methods", "pref_ft,dpo", "--reward", "length:min", "--data", "x.jsonl")
+    assert "entries" in refused(*given, *more)
+    assert cli.run([*given, "--threads", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_two_workers_whose_parent_is_killed(
+    args: Callable[..., list[str]], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes of their own: they end with their parent, and another one finishes the rest."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    given = args("--json", steps="4", rates="1e-3", workers="2")
+    with subprocess.Popen(
+        [sys.executable, "-m", "preftune", *given], stdout=subprocess.PIPE
+    ) as one:
+        for _ in range(600):
+            if len(list(here.glob("out/results/*.json"))) > 3:
+                break
+            time.sleep(0.2)
+        os.kill(one.pid, signal.SIGKILL)
+    before = set(here.glob("out/results/*.json"))
+    assert len(before) > 3
+    capsys.readouterr()
+    assert cli.run(["compare", "--output", "out", "--resume", "--workers", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(m["runs"] == [0, 1] for m in found["methods"]) and not found["failed"]
+    first = results(here / "out")
+    shutil.rmtree(here / "out")
+    assert cli.run(args("--json", steps="4", rates="1e-3")) == 0
+    alone = results(here / "out")
+    assert without_times(first) == without_times(alone), "whoever runs a job, it gives the same"

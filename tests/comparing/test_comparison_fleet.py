@@ -124,6 +124,20 @@ def test_every_job_is_run_once_by_whoever_is_there(tmp_path: Path, runs: list[st
     assert not fleet.work(tmp_path)
 
 
+def test_a_job_that_ends_between_two_looks_is_not_run(
+    tmp_path: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, job("k"))
+    acquire = locks.acquire
+
+    def late(folder: Path, key: str) -> locks.Lock | None:
+        write_result(folder, key, {"key": key})
+        return acquire(folder, key)
+
+    monkeypatch.setattr(locks, "acquire", late)
+    assert fleet.take(tmp_path) is None and locks.held(tmp_path, "k") is None
+
+
 def test_a_fleet_of_none_runs_them_here_and_says_how_far_it_is(
     tmp_path: Path, runs: list[str]
 ) -> None:

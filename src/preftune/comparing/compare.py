@@ -44,7 +44,8 @@ def compare(
         costs = stages.time()
         left = None if request.budget is None else request.budget - (time.time() - began)
         first = stages.plan(costs, left)
-        say(stages.in_words(first, costs))
+        if not resume:
+            say(stages.in_words(first, costs))
         chosen = stages.choose(first, costs)
         left = None if request.budget is None else request.budget - (time.time() - began)
         last = stages.settle(first, costs, None if resume else left)

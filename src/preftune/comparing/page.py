@@ -13,6 +13,7 @@ from preftune.report.drawing import NEUTRAL, Chart, Style
 from preftune.report.tables import DASH, LABEL_SOURCES, decimals_for, number, swatch, text
 
 Found = Mapping[str, Any]
+STAGES = ("timing", "learning rates", "final runs")
 
 
 def write_page(path: Path, found: Found) -> Path:
@@ -64,7 +65,8 @@ def _facts(found: Found) -> dict[str, object]:
     judged = found["reference"]["figures"]["reward"]["prompts"]
     out["Held-out prompts"] = f"{judged} to judge, {plan['selection']} to choose rates"
     if seconds:
-        out["Took"] = _minutes(seconds["whole"])
+        parts = ", ".join(f"{k} {_minutes(seconds[k])}" for k in STAGES if k in seconds)
+        out["Took"] = f"{_minutes(seconds['whole'])} ({parts})"
         out["Budget"] = _budget(found)
     return out
 

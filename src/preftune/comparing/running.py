@@ -6,10 +6,13 @@ by prompt later, whatever was run beside them.
 
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from preftune import config as configs
 from preftune import counting, held_out, judges, loop, resuming, training
@@ -53,6 +56,7 @@ def run(job: Job, folder: Path, tell: Tell = lambda step, total: None) -> dict[s
     except UserError as error:
         found["failed"], found["why"] = _first_line(error), REFUSED
     except Exception as error:  # the others go on: memory that ran out, a reward that raised
+        traceback.print_exc()  # on stderr, or in the worker's log
         found["failed"], found["why"] = f"{type(error).__name__}: {_first_line(error)}", FAULT
     _clear(job, folder)
     return found
@@ -121,8 +125,12 @@ def _take_up(output: Path, values: Mapping[str, Any]) -> None:
 def _answered(job: Job, parts: Parts, step: int) -> dict[str, Any]:
     """The trained model's answers, as numbers and some of them as text."""
     answers = held_out.held_out_answers(parts, parts.policy, job.prompts, job.samples)
+    found = per_prompt(parts, answers)
+    broken = [n for n, rows in found.items() if n != "row" and not np.isfinite(rows).all()]
+    if broken:
+        raise GuardStop(f"{' and '.join(broken)} of the trained model's answers are not finite")
     return {
-        "answers": per_prompt(parts, answers),
+        "answers": found,
         "texts": held_out.sample_rows(parts, answers, step, SHOWN),
     }
 

@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,14 @@ def once(path: Path, value: Any) -> Any:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
     with os.fdopen(handle, "w", encoding="utf-8") as out:
         out.write(dumps(value) + "\n")
-    with suppress(FileExistsError):
+    try:
         os.link(name, path)
-    os.unlink(name)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links: the last of two who decide at once wins
+        if not path.exists():
+            os.replace(name, path)
+    Path(name).unlink(missing_ok=True)
     return json.loads(path.read_text("utf-8"))
 
 

@@ -8,7 +8,7 @@ FEW_SEEDS = 3
 PROXY = {
     "rm_same": "a reward model of the same pairs: what it gets wrong, it gets wrong here, too",
     "rm_other": "a reward model", "judge": "a model that judged",
-    "human": "humans", "true": "the reward itself, which is the task",
+    "human": "humans", "true": "a reward that is taken for the task itself",
 }  # fmt: skip
 
 
@@ -131,12 +131,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     """What limits the answer."""
     out, facts = [], found["facts"]
     if facts["gold"] is None:
-        source = PROXY.get(facts["label_source"] or "", "")
-        who = f" ({source})" if source else ""
+        source = PROXY.get(facts["label_source"] or "", "the same reward")
         out.append(
-            f"Methods are judged by the reward that they were trained on{who}; there is no gold "
-            "reward. A method that exploits the reward's mistakes looks good here. --gold takes a "
-            "reward that nothing is trained or chosen by."
+            f"Judged by what labels fresh samples and chooses rates: {source}. There is no gold "
+            "reward, so a method that exploits this one's mistakes looks good here: read the "
+            "texts. --gold takes a reward that nothing is trained or chosen by."
         )
     seeds = found["plan"]["seeds"]
     if seeds <= FEW_SEEDS:
