@@ -142,14 +142,22 @@ def _frontier(
         reading="Large points are the final models with 95 % intervals, small ones the way there. "
         "Up and to the left is better; methods on one curve trade reward for KL at the same rate. "
         "The dashed line trains nothing: the best of n answers of the untrained model, at the "
-        "upper bound log n − (n − 1)/n of its KL.",
+        "upper bound log n − (n − 1)/n of its KL. Intervals may reach beyond the chart.",
         data=data,
         layout={
-            "xaxis": {"title": {"text": AXES["kl"][1]}, "rangemode": "tozero"},
-            "yaxis": _reward_axis(by, found),
+            "xaxis": {"title": {"text": AXES["kl"][1]}, "range": _range(data, "x")},
+            "yaxis": _reward_axis(by, found) | {"range": _range(data, "y")},
             "hovermode": "closest", "height": 420,
         },
     )  # fmt: skip
+
+
+def _range(data: Sequence[Trace], axis: str) -> list[float]:
+    """Of the points: the long intervals of few seeds would leave them in a corner."""
+    values = [v for trace in data for v in trace[axis] if v is not None]
+    low, high = min(values), max(values)
+    room = 0.15 * (high - low) or 1.0
+    return [low - room, high + room]
 
 
 def _ends(figure: Found) -> dict[str, float | None]:

@@ -120,7 +120,7 @@ def _method(
         if figure not in sound[0]["answers"]:
             continue
         values = matrix(sound, figure)
-        own["figures"][figure] = vars(statistics.crossed(values))
+        own["figures"][figure] = _bounded(figure, statistics.crossed(values))
         if figure in ("reward", "gold") and figure in start:
             own["gains"][figure] = vars(statistics.crossed(values - start[figure]))
     last = [r["curve"][-1] for r in sound]
@@ -129,6 +129,14 @@ def _method(
     own["updates"] = [r["updates"] for r in sound]
     own["curves"] = [_curve(run, reference) for run in sound]
     return own
+
+
+def _bounded(figure: str, e: statistics.Estimate) -> dict[str, Any]:
+    """An interval that ends where the figure does: only rewards may be below 0."""
+    found = dict(vars(e))
+    if figure not in ("reward", "gold") and found["low"] is not None:
+        found["low"] = max(0.0, found["low"])
+    return found
 
 
 def _curve(run: Result, reference: Result) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def _reference(result: Result) -> dict[str, Any]:
     """The untrained model, and the best of n of its answers."""
     names = [f for f in FIGURES if f in result["answers"]]
     return {
-        "figures": {f: vars(statistics.crossed(matrix([result], f))) for f in names},
+        "figures": {f: _bounded(f, statistics.crossed(matrix([result], f))) for f in names},
         "best_of_n": {
             role: [{"n": int(n), "kl": best_of_kl(int(n)), **f} for n, f in sizes.items()]
             for role, sizes in result["best_of_n"].items()
