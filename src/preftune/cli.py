@@ -20,6 +20,7 @@ HELP = """usage: preftune COMMAND [--help]
   sample       responses with log-probs (JSON lines), side by side with --versus
   label        two fresh samples side by side on a local page: preferences by people
   diagnose     what reference, data and reward look like, and which method that suggests
+  compare      several methods at the same budget, several seeds: which one, and by how much
   advise-study what that suggestion is worth, on problems drawn or given
   inspect      template, tokens, loss mask and end token of real rows, before any training
   pipeline     the papers' critical path: imitate, learn a reward, optimise it, judge by another
@@ -38,7 +39,7 @@ def main() -> None:
 
 _COMPUTING = {
     "quickstart", "train", "diagnose", "advise-study", "reward", "evaluate", "sample", "reproduce",
-    "pipeline",
+    "pipeline", "compare",
 }  # fmt: skip
 """Commands whose time is that of large tensors."""
 
@@ -95,6 +96,7 @@ def _dispatch(args: list[str]) -> int:
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
         "sample": _sample, "label": _label, "diagnose": _diagnose, "advise-study": _advise_study,
+        "compare": _compare,
         "inspect": _inspect,
         "pipeline": _pipeline, "reproduce": _reproduce, "report": _report, "env": _env,
     }  # fmt: skip
@@ -111,6 +113,12 @@ def _dispatch(args: list[str]) -> int:
             f"command '{args[0]}' is unknown.{nearest(args[0], commands)} See preftune --help."
         )
     return commands[args[0]](args[1:])
+
+
+def _compare(args: list[str]) -> int:
+    from preftune.cli_compare import compare
+
+    return compare(args)
 
 
 def _advise_study(args: list[str]) -> int:

@@ -28,21 +28,13 @@ def settings(
     given: dict[str, Any], config_file: str | None, pairs: Sequence[str]
 ) -> tuple[Any, dict[str, Any]]:
     """The configuration from a file, flags and --set, and the overrides below `terms`."""
-    import yaml
-
     from preftune import config as configs
 
     values = configs.read_yaml(Path(config_file)) if config_file else {}
     values.update(given)
     overrides: dict[str, Any] = {}
     for pair in pairs:
-        path, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair}: must be PATH=VALUE, as terms.1.weight=0.3.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {pair}: the value is no plain YAML.") from error
+        path, value = assigned(pair)
         if path.startswith("terms."):
             overrides[path] = value
         elif path in configs.Config.model_fields:
@@ -51,6 +43,23 @@ def settings(
             known = [*configs.Config.model_fields, "terms.0.weight"]
             raise UserError(f"--set {path}: there is no '{path}'.{configs.suggest(path, known)}")
     return values, overrides
+
+
+def assigned(pair: str) -> tuple[str, Any]:
+    """Path and value of a --set.
+
+    Raises:
+        UserError: it is not PATH=VALUE.
+    """
+    import yaml
+
+    path, equals, text = pair.partition("=")
+    if not equals:
+        raise UserError(f"--set {pair}: must be PATH=VALUE, as terms.1.weight=0.3.")
+    try:
+        return path, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {pair}: the value is no plain YAML.") from error
 
 
 def train(args: list[str]) -> int:

@@ -223,7 +223,7 @@ def load(config: Config | Mapping[str, Any] | str | Path) -> Config:
         raise explain(error, Config.model_fields) from error
 
 
-def check_keys(values: Mapping[Any, Any], where: str) -> None:
+def check_keys(values: Iterable[Any], where: str) -> None:
     """Refuse keys that are no settings.
 
     Raises:
@@ -236,8 +236,12 @@ def check_keys(values: Mapping[Any, Any], where: str) -> None:
         raise UserError(f"{where}: {' '.join(lines)}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; tags that would run code are refused."""
+def read_yaml(path: Path, besides: Iterable[str] = ()) -> dict[str, Any]:
+    """A YAML file that holds a mapping; tags that would run code are refused.
+
+    Args:
+        besides: keys that it may hold beside settings.
+    """
     if path.is_dir():
         hint = f" Give {path / 'config.yaml'}." if (path / "config.yaml").is_file() else ""
         raise UserError(f"config '{path}': is a folder, not a YAML file.{hint}")
@@ -257,7 +261,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"config '{path}': holds {kind}. Give a mapping of settings, as `method: dpo`."
         )
-    check_keys(values, f"config '{path}'")
+    check_keys([k for k in values if k not in besides], f"config '{path}'")
     return values
 
 

@@ -32,6 +32,13 @@ PIPELINE = (
 LABEL = (
     *MODEL, "prompts", *(g for g in GENERATION if g != "samples_per_prompt"), *DATA, "output",
 )  # fmt: skip
+COMPARE = tuple(
+    name for name in Config.model_fields
+    if name not in {
+        "method", "terms", "eval_fraction", "max_steps", "epochs", "judge", "retention", "best_by",
+        "eval_every", "save_every", "log_every", "optimizer",
+    }
+)  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)
 TRAIN = tuple(name for name in Config.model_fields if name != "terms")
 

@@ -121,7 +121,7 @@ def _train(
         held.enter_context(RunFolder.held(parts.output))
         RunFolder.check_free(parts.output)
     folder = resuming.open_folder(parts, resolved_config(parts, settings))
-    _keep_answers(parts, folder)
+    keep_answers(parts, folder)
     evaluate = None
     if parts.held_out is not None:
         scores = isinstance(parts.model, RewardModel)
@@ -151,8 +151,15 @@ def execute(
     *,
     evaluate: Callable[[int], dict[str, Any]] | None,
     tell: Tell,
+    watch: Callable[[loop.State], None] = lambda state: None,
+    keep_model: bool = True,
 ) -> None:
-    """Run the loop in a run folder, from its last checkpoint on resume, and save the model."""
+    """Run the loop in a run folder, from its last checkpoint on resume, and save the model.
+
+    Args:
+        watch: called after each step and what follows it.
+        keep_model: False writes no model, so a run that ended is not known as finished.
+    """
     if parts.config.resume and resuming.finished(folder, settings):
         tell("note", message=f"{folder.path} is finished")
         return
@@ -171,7 +178,7 @@ def execute(
             evaluate=evaluate,
             save=lambda s: _save(s, folder, tell),
             alarm=lambda fired: _alarm(fired, folder, tell),
-            stop=lambda: signals.asked is not None,
+            stop=lambda: _asked(signals, watch, state),
         )
         tell("start", step=state.step, total=settings.max_steps, message=parts.method.name)
         try:
@@ -186,10 +193,16 @@ def execute(
     if state.step < settings.max_steps:
         tell("note", message=f"step {state.step}: the reward no longer rises: ended (patience)")
     _take_best(state, folder, tell)
-    _save_model(parts, folder)
+    if keep_model:
+        _save_model(parts, folder)
 
 
-def _keep_answers(parts: Parts, folder: RunFolder) -> None:
+def _asked(signals: Signals, watch: Callable[[loop.State], None], state: loop.State) -> bool:
+    watch(state)
+    return signals.asked is not None
+
+
+def keep_answers(parts: Parts, folder: RunFolder) -> None:
     """A judge is asked each question once in a run, however often the run is resumed."""
     path = folder.path / JUDGED
     parts.reward = parts.reward and rewards.kept(parts.reward, path)

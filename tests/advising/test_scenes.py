@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from preftune import counting
 from preftune.advising import candidates, costs, running, scene
 from preftune.advising.drawing import draw
 from preftune.advising.files import load_all
@@ -103,7 +104,7 @@ def test_a_run_alone_is_what_it_is_in_company(folder, each) -> None:
 def test_what_an_update_takes(folder, each, row, trained, drawn, judged) -> None:
     run = scene.run_number(0, 0)
     end = advance(one_cell(folder, each, row, updates=4), (run,))[-1]
-    assert [end[name] / 4 for name in costs.COUNTS] == [trained, drawn, judged]
+    assert [end[name] / 4 for name in counting.COUNTS] == [trained, drawn, judged]
 
 
 def test_reference_samples_are_paid_once(folder, each) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preftune import loop
+from preftune import counting, loop
 from preftune.advising import costs, files, scene
 from preftune.advising.candidates import Setting
 from preftune.advising.scene import Scene
@@ -144,9 +144,9 @@ def _taken(place: Place, setting: Setting, a_run: int) -> tuple[float, float, fl
         for step in range(2 * PROBED):
             loop.update(run, settings, measure=False)
             if (step + 1) % PROBED == 0:
-                seen.append(costs.counts(run))
+                seen.append(counting.counts(run))
     kept = len(problem.pairs) > PROBED * setting.batch_size  # drawn once: later it is free
-    trained, drawn, judged = ((seen[1][n] - seen[0][n]) / PROBED for n in costs.COUNTS)
+    trained, drawn, judged = ((seen[1][n] - seen[0][n]) / PROBED for n in counting.COUNTS)
     if kept and not any(t.source.on_policy for t in method.terms):
         return trained, 0.0, 0.0
     return trained, drawn, judged
@@ -160,7 +160,7 @@ def curve(problem: Stated, rows: Sequence[Row]) -> list[dict[str, float]]:
     before = model_price(problem.labels.source, len(problem.pairs)) if asks else 0.0
     return [
         {k: float(v) for k, v in row.items() if isinstance(v, (int, float))}
-        | {"spent": max(before, costs.spent(problem, *(row[n] for n in costs.COUNTS)))}
+        | {"spent": max(before, costs.spent(problem, *(row[n] for n in counting.COUNTS)))}
         for row in ordered
     ]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from preftune import loop
 from preftune.advising import files
-from preftune.advising.costs import counts
 from preftune.advising.problem import Problem, judge_of
+from preftune.counting import counts
 from preftune.method import Method
 from preftune.numerics import permutation, stream_keys
 from preftune.policies.nets import Mlp, Shifted

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from preftune import building, huggingface, loading, loop
 from preftune.advising import files, text_judges
-from preftune.advising.costs import counts
 from preftune.advising.text_judges import Judge
 from preftune.advising.texts import TextProblem
+from preftune.counting import counts
 from preftune.data import Renderer, Rows
 from preftune.evaluate import Answers, answer
 from preftune.method import Method

@@ -227,12 +227,4 @@ def _rows(given: Any, want: str, folder: Path) -> list[Row]:
         raise ValueError(f"'{name}': {first.where} cannot be used: {first.reason}")
     if want != "pairs" and len(loaded.examples) < LEAST:
         raise ValueError(f"'{name}' holds fewer than {LEAST} prompts")
-    out: list[Row] = []
-    for example in loaded.examples:
-        row: dict[str, Any] = {"prompt": example.prompt}
-        for side, text, done in zip(
-            ("chosen", "rejected"), example.responses, example.finished, strict=False
-        ):
-            row |= {side: text} | ({} if done else {f"{side}_finished": False})
-        out.append(row | example.columns)
-    return out
+    return [example.as_row() for example in loaded.examples]

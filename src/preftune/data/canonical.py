@@ -48,6 +48,15 @@ class Example:
     where: str
     """File and 1-based row or line, as "hh.jsonl.gz:12"."""
 
+    def as_row(self) -> dict[str, Any]:
+        """The row as a file may hold it: what is read of it is this example again."""
+        sides = ("chosen", "rejected") if len(self.responses) == 2 else ("completion",)
+        flags = tuple(f"{s}_finished" for s in sides) if len(sides) == 2 else ("finished",)
+        out: dict[str, Any] = {"prompt": self.prompt}
+        for at, said in enumerate(self.responses):
+            out |= {sides[at]: said} | ({} if self.finished[at] else {flags[at]: False})
+        return out | self.columns
+
 
 class Refused(Exception):
     """A row cannot be used; the message is the reason."""

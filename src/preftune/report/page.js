@@ -49,6 +49,23 @@
       draw();
     });
   }
+  // What a chart stands against: its traces have the numbers of each axis under `axes`.
+  for (const button of document.querySelectorAll(".axes button")) {
+    button.addEventListener("click", () => {
+      for (const other of document.querySelectorAll(".axes button")) {
+        other.setAttribute("aria-pressed", String(other === button));
+      }
+      for (const name of names) {
+        for (const trace of figures[name][0]) {
+          if (trace.axes) trace.x = trace.axes[button.dataset.axis];
+        }
+        if (figures[name][0].some((trace) => trace.axes)) {
+          figures[name][1].xaxis = { title: { text: button.dataset.title } };
+        }
+      }
+      draw();
+    });
+  }
   dark.addEventListener("change", draw);
   draw().then(() => { document.documentElement.dataset.charts = String(names.length); });
 })();

@@ -1,0 +1,1 @@
+"""Several methods at the same budget: which one, and by how much."""
