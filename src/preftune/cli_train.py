@@ -47,10 +47,19 @@ def settings(
             overrides[path] = value
         elif path in configs.Config.model_fields:
             values[path] = value
+        elif path.removeprefix("adapter.") in configs.Adapter.model_fields:
+            values["adapter"] = {**_mapping(values), path.removeprefix("adapter."): value}
         else:
             known = [*configs.Config.model_fields, "terms.0.weight"]
+            known += [f"adapter.{name}" for name in configs.Adapter.model_fields]
             raise UserError(f"--set {path}: there is no '{path}'.{configs.suggest(path, known)}")
     return values, overrides
+
+
+def _mapping(values: dict[str, Any]) -> dict[str, Any]:
+    """The adapter given so far, of which `adapter: lora` is one spelling."""
+    given = values.get("adapter") or {}
+    return dict(given) if isinstance(given, dict) else {"kind": given}
 
 
 def train(args: list[str]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from preftune import (
+    adapters,
     automatic,
     building,
     huggingface,
@@ -91,6 +92,8 @@ def prepare(
         UserError: the first thing that is wrong, with its cure.
     """
     method = building.method_of(config, overrides)
+    if config.adapter is not None:
+        adapters.check_quantize(config.adapter.quantize, config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     made_reward = judges.make_reward(reward or config.reward, config.reward_weights)
@@ -276,6 +279,12 @@ def _load_reference(parts: Parts) -> None:
         return
     if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
         parts.reference = building.make_reference(parts.config, parts.policy)
+        if parts.method.reference_update != "fixed" and parts.reference.trunk.adapter_off:
+            raise UserError(
+                f"reference_update: {parts.method.reference_update} moves a reference with weights "
+                "of its own; beside an adapter it is the model with the adapter off. Set it to "
+                "fixed, or leave the adapter out."
+            )
         if parts.method.reference_update == "fixed" and not parts.reference.trunk.adapter_off:
             parts.reference.trunk.narrow()
     if open_mode and parts.prompts is not None and parts.reference is not None:

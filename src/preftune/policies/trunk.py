@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from preftune import adapters
 from preftune.errors import UserError
 from preftune.huggingface import accepted
 from preftune.policies.attention import NAME, register
@@ -50,7 +51,9 @@ class Trunk:
         self.model = model.eval()
         self.autocast = autocast
         self.adapter_off = False
-        """Compute with the base weights alone, though the model has an adapter (the reference)."""
+        """Compute with what the model had before training (the reference), not as it is trained."""
+        self.kept: tuple[str, ...] = ()
+        """Adapters that are on then; none is the base model alone."""
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise UserError(
                 "adapter: one that puts tokens before the prompt is not supported. Give LoRA or "
@@ -74,7 +77,7 @@ class Trunk:
     @property
     def has_adapter(self) -> bool:
         """The model was wrapped by peft."""
-        return hasattr(self.model, "disable_adapter")
+        return adapters.is_adapted(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +91,7 @@ class Trunk:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Under autocast, and without adapter and gradient where the adapter is off."""
+        """Under autocast; without gradient and the trained adapter where that is off."""
         enabled = self.autocast is not None
         amp = torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=enabled)
         if not self.adapter_off:
@@ -98,7 +101,7 @@ class Trunk:
         # peft takes gradients from the adapter while it is off, and then gives them to all of it
         trained = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
-            with amp, torch.no_grad(), self.model.disable_adapter():
+            with amp, torch.no_grad(), adapters.only(self.model, self.kept):
                 yield
         finally:
             for parameter, flag in trained:
@@ -152,7 +155,13 @@ class Trunk:
         )  # fmt: skip
 
     def without_adapter(self) -> "Trunk":
-        """The same weights with the adapter off."""
+        """The same weights with the trained adapter off: what the model computes now.
+
+        Adapters that are not trained stay on. Of a trained one that already changes the model, a
+        frozen copy is kept, and is on.
+        """
+        if self.adapter_off:
+            return copy.copy(self)
         bias = getattr(self.model.active_peft_config, "bias", "none")
         if bias != "none":
             raise UserError(
@@ -160,7 +169,9 @@ class Trunk:
                 "Set the adapter's bias to none."
             )
         twin = copy.copy(self)
-        twin.adapter_off = True
+        twin.adapter_off, twin.kept = True, adapters.untrained(self.model)
+        if not torch.equal(twin.probe(), self.probe()):
+            twin.kept = adapters.keep_copy(self.model)
         return twin
 
     def frozen_copy(self) -> "Trunk":

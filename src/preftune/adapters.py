@@ -1,0 +1,342 @@
+"""The one door to peft: adapters made, read, switched, saved and merged.
+
+A model with an adapter serves as policy and as reference: the reference computes with what the
+model had before training, which is nothing but the base model, or an earlier adapter. That one
+stays frozen under the new one; of one that goes on to be trained, a frozen copy is kept.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from preftune import adapter_folder, huggingface
+from preftune.adapter_folder import PREFIX, WEIGHTS, Described
+from preftune.errors import UserError
+
+NAME, EARLIER, KEPT = "default", "earlier", "start"
+"""Of the adapter that is trained, of one beneath it, and of its frozen copy."""
+_MERGE = "Merge the earlier one first: preftune merge FOLDER --output DIR, then --model DIR."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A new adapter."""
+
+    kind: str
+    """lora, rslora or dora."""
+    rank: int
+    alpha: float
+    target_modules: str | list[str]
+    """`all-linear`, or names of modules."""
+    seed: int
+    scores: bool
+    """The model gives scores; its head is trained in full."""
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether peft has wrapped a model."""
+    return hasattr(model, "disable_adapter")
+
+
+def load(name: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A causal language model: a folder, a Hub id, or an adapter's folder with its base model.
+
+    An adapter is on and frozen. In eval mode.
+
+    Raises:
+        UserError: no such model, or the adapter does not fit its base.
+    """
+    folder = huggingface.resolve_model(name)
+    if not adapter_folder.is_adapter(folder):
+        return huggingface.load_model(name, dtype, **options)
+    found = adapter_folder.describe(folder)
+    if found.scores:
+        raise UserError(
+            f"model '{name}': is an adapter of a reward model, not of a causal language model. "
+            "Give it as --reward."
+        )
+    return put_on(huggingface.load_model(found.base, dtype, **options), found)
+
+
+def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A sequence-classification model with one output, and its tokenizer; also by its adapter."""
+    folder = huggingface.resolve_model(name)
+    if not adapter_folder.is_adapter(folder):
+        return huggingface.load_classifier(name, dtype)
+    found = adapter_folder.describe(folder)
+    if not found.scores:
+        raise UserError(
+            f"reward '{name}': is an adapter of a causal language model, not of a "
+            "sequence-classification model. A reward model has a head with one output."
+        )
+    model = put_on(huggingface.classifier_from(found.base, dtype), found)
+    return model, huggingface.load_tokenizer(name)
+
+
+def classifier_from(name: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A classifier to be trained (`huggingface.classifier_from`). An adapter of one goes on to be
+    trained; one of a language model is merged into the weights beneath the head."""
+    folder = huggingface.resolve_model(name)
+    if not adapter_folder.is_adapter(folder):
+        return huggingface.classifier_from(name, dtype, **options)
+    found = adapter_folder.describe(folder)
+    model = put_on(huggingface.classifier_from(found.base, dtype, **options), found)
+    if found.scores:
+        return trainable(model)
+    return merged(model)
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a model, or the model of an adapter, is a sequence-classification model."""
+    folder = huggingface.resolve_model(name)
+    if adapter_folder.is_adapter(folder):
+        return adapter_folder.describe(folder).scores
+    return huggingface.is_classifier(name)
+
+
+def put_on(base: Any, found: Described, name: str = NAME) -> Any:
+    """The base model with a folder's adapter on it, frozen.
+
+    Raises:
+        UserError: the adapter is of another model.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    settings = dict(found.settings)
+    if not found.scores and hasattr(base, "score"):  # a language model's, beneath a new head
+        settings["task_type"] = None
+    tensors = load_file(found.folder / WEIGHTS)
+    try:
+        with _quietly(0):
+            model = get_peft_model(base, LoraConfig(**settings), adapter_name=name)
+            loaded = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        strange = list(loaded.unexpected_keys)
+        own = [key for key in loaded.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        strange, own = [str(error).strip().splitlines()[0][:200]], []
+    if strange or own:
+        raise UserError(
+            f"adapter '{found.folder}': it does not fit its base model '{found.base}' "
+            f"({(strange + own)[0]}). Name the model that it was trained on."
+        )
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def attach(model: Any, recipe: Recipe) -> Any:
+    """The model with a new adapter, which alone is trained, on top of one that it may have.
+
+    The new one changes nothing to begin with. Its random half follows from the recipe's seed.
+
+    Raises:
+        UserError: the modules named are not there, or the two could not be saved as one.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        target_modules=recipe.target_modules,
+        use_rslora=recipe.kind == "rslora",
+        use_dora=recipe.kind == "dora",
+        task_type="SEQ_CLS" if recipe.scores else "CAUSAL_LM",
+    )
+    beneath = list(model.active_adapters) if is_adapted(model) else []
+    name = NAME if NAME not in beneath else "trained"
+    try:
+        with _quietly(recipe.seed):
+            if not beneath:
+                return get_peft_model(model, config, adapter_name=name).eval()
+            _check_stack(model, beneath, recipe)
+            model.add_adapter(name, config)
+            model.base_model.set_adapter([*beneath, name])
+    except (ValueError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"adapter: peft cannot make it: {first} Set adapter.target_modules to names of this "
+            "model's linear layers, or leave it out."
+        ) from error
+    return trainable(model, [name])
+
+
+def _check_stack(model: Any, beneath: Sequence[str], recipe: Recipe) -> None:
+    """Two adapters are saved as one that holds both; this says which can be."""
+    configs = [model.peft_config[name] for name in beneath]
+    plain = all(
+        str(getattr(c.peft_type, "value", c.peft_type)) == "LORA" and not c.use_dora
+        and not c.modules_to_save and c.bias == "none" for c in configs
+    )  # fmt: skip
+    if not plain or recipe.kind == "dora" or recipe.scores:
+        raise UserError(
+            "adapter: a new one on top of an earlier one is saved as one adapter that holds both, "
+            "which takes plain LoRA or rsLoRA of a language model for each. " + _MERGE
+        )
+
+
+def trainable(model: Any, names: Sequence[str] | None = None) -> Any:
+    """Train those adapters (default: the active ones), with the heads that they save; no others."""
+    names = list(model.active_adapters) if names is None else names
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(not set(names).isdisjoint(key.split(".")))
+    return model.eval()
+
+
+def trained(model: Any) -> list[str]:
+    """Names of the active adapters that are trained."""
+    learns = (n for n, p in model.named_parameters() if p.requires_grad)
+    learning = {part for name in learns for part in name.split(".")}
+    return [name for name in model.active_adapters if name in learning]
+
+
+def untrained(model: Any) -> tuple[str, ...]:
+    """Names of the active adapters that stay as they are."""
+    learning = trained(model)
+    return tuple(name for name in model.active_adapters if name not in learning)
+
+
+@contextmanager
+def only(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """Compute with those adapters, or with the base model alone."""
+    if not names:
+        with model.disable_adapter():
+            yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    changed = [(m, m._active_adapter) for m in model.modules() if isinstance(m, kinds)]
+    try:
+        for module, _ in changed:
+            here = getattr(module, "_adapters", names)
+            module._active_adapter = [name for name in names if name in here]
+        yield
+    finally:
+        for module, before in changed:
+            module._active_adapter = before
+
+
+def keep_copy(model: Any) -> tuple[str, ...]:
+    """Add frozen copies of the active adapters; their names. They are not active."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    active, made = list(model.active_adapters), []
+    for name in active:
+        twin = f"{KEPT}_{name}"
+        while twin in model.peft_config:
+            twin += "_"
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = {key: tensor.clone() for key, tensor in state.items()}
+        with _quietly(0):
+            model.add_adapter(twin, copy.deepcopy(model.peft_config[name]))
+            set_peft_model_state_dict(model, state, adapter_name=twin)
+        made.append(twin)
+    model.requires_grad_(False)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    model.eval()
+    return tuple(made)
+
+
+@contextmanager
+def _quietly(seed: int) -> Iterator[None]:
+    """Random draws of peft from a seed of their own, and its advice left out."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def merged(model: Any) -> Any:
+    """A plain model whose weights have the active adapters in them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.merge_and_unload(safe_merge=True, adapter_names=list(model.active_adapters))
+
+
+def check_quantize(quantize: str | None, device: str) -> None:
+    """Refuse a quantised base where it cannot be, before anything is loaded.
+
+    Raises:
+        UserError: no CUDA device, or no bitsandbytes.
+    """
+    if quantize is None:
+        return
+    lacks = []
+    if not torch.cuda.is_available() or device not in ("auto", "cuda") | {device.split(":")[0]}:
+        lacks.append("a CUDA device")
+    if util.find_spec("bitsandbytes") is None:
+        lacks.append("the package bitsandbytes (pip install 'preftune[bitsandbytes]')")
+    if lacks:
+        raise UserError(
+            f"adapter.quantize: {quantize} needs {' and '.join(lacks)}. "
+            "Leave it out to train the adapter over the whole weights."
+        )
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model folder that transformers loads unchanged: of a model with an adapter, a PEFT
+    folder of what is on: one adapter, or two of LoRA as one that holds both."""
+    if not is_adapted(model):
+        huggingface.save_model(model, tokenizer, folder)
+        return
+    _save_adapter(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    active = list(model.active_adapters)
+    if len(active) > 1:
+        config, tensors = joined(model, active)
+    else:
+        config = copy.deepcopy(model.peft_config[active[0]])
+        tensors = get_peft_model_state_dict(
+            model, adapter_name=active[0], save_embedding_layers=False
+        )
+    config.base_model_name_or_path = _place(model)
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def _place(model: Any) -> str | None:
+    """Where the base model is, so that it is found from any working folder."""
+    name = getattr(model.get_base_model(), "name_or_path", None) or None
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def joined(model: Any, names: Sequence[str]) -> tuple[Any, dict[str, Tensor]]:
+    """Several adapters of LoRA as one: their ranks one after another, their scales in B."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for place, module in model.get_base_model().named_modules():
+        here = [n for n in names if n in getattr(module, "lora_A", {})]
+        if not here:
+            continue
+        a = [module.lora_A[n].weight for n in here]
+        b = [module.lora_B[n].weight * module.scaling[n] for n in here]
+        tensors[f"{PREFIX}{place}.lora_A.weight"] = torch.cat(a, 0)
+        tensors[f"{PREFIX}{place}.lora_B.weight"] = torch.cat(b, 1)
+        ranks[place] = sum(len(x) for x in a)
+    rank = max(ranks.values())
+    other: Mapping[str, int] = {place: r for place, r in ranks.items() if r != rank}
+    config = copy.deepcopy(model.peft_config[names[-1]])
+    config.r, config.lora_alpha, config.use_rslora = rank, rank, False
+    config.rank_pattern, config.alpha_pattern = dict(other), dict(other)
+    config.target_modules = set(ranks)
+    return config, tensors
