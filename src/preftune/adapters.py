@@ -78,7 +78,7 @@ def load_classifier(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f"reward '{name}': is an adapter of a causal language model, not of a "
             "sequence-classification model. A reward model has a head with one output."
         )
-    model = put_on(huggingface.classifier_from(found.base, dtype), found)
+    model = merged(put_on(huggingface.classifier_from(found.base, dtype), found))
     return model, huggingface.load_tokenizer(name)
 
 

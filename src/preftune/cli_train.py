@@ -97,6 +97,42 @@ def reward(args: list[str]) -> int:
     return 0
 
 
+def merge(args: list[str]) -> int:
+    """preftune merge: the full model of a run with an adapter, or of a PEFT folder."""
+    import tyro
+
+    from preftune import flags
+    from preftune.progress import stderr, working
+
+    _, own = flags.parse(
+        "merge",
+        "Write the full model of a run with an adapter, or of a PEFT folder.",
+        (),
+        args,
+        [
+            ("folder", tyro.conf.Positional[tuple[str, ...]], (), "a run's folder, or a PEFT folder"),
+            ("output", str | None, None, "the model's folder; it must not be there yet"),
+            ("base", str | None, None, "the base model; default: the one that the adapter names"),
+            ("dtype", str, "float32", "float32 or bfloat16, which rounds small changes away"),
+            JSON,
+        ],
+    )
+    if len(own["folder"]) != 1 or own["output"] is None:
+        raise UserError("merge: give one run's folder or PEFT folder, and --output DIR.")
+    if own["dtype"] not in ("float32", "bfloat16"):
+        raise UserError(f"flag '--dtype': is {own['dtype']}. Give float32 or bfloat16.")
+    with working(stderr(), "merging"):
+        import torch
+
+        from preftune import merging
+
+        place = merging.merge(
+            own["folder"][0], Path(own["output"]), own["base"], getattr(torch, own["dtype"])
+        )
+    print_json({"folder": str(place)}) if own["json"] else print(f"model: {place}")
+    return 0
+
+
 def _run(
     command: str, text: str, names: Sequence[str], args: list[str], fixed: dict[str, Any]
 ) -> tuple[Path, dict[str, Any], bool]:
