@@ -29,7 +29,7 @@ def base_settings(tiny_model: str, pairs_file: str, output: Any, **changes: Any)
     given = {"model": tiny_model, "data": pairs_file, "method": "dpo", "output": str(output)}
     given |= {"max_steps": 2, "batch_size": 12, "learning_rate": 0.002, "adapter": "lora"}
     given |= {"lr_schedule": "constant", "warmup_ratio": 0.0, "max_new_tokens": 4}
-    given |= {"eval_fraction": 0.0, "reference_cache": None}
+    given |= {"eval_fraction": 0.0, "reference_cache": False}
     return {k: v for k, v in (given | changes).items() if v is not None}
 
 

@@ -92,7 +92,7 @@ def classifier_from(name: str, dtype: torch.dtype, **options: Any) -> Any:
     model = put_on(huggingface.classifier_from(found.base, dtype, **options), found)
     if found.scores:
         return trainable(model)
-    return merged(model)
+    return merged(model).requires_grad_(True)
 
 
 def is_classifier(name: str) -> bool:
@@ -248,6 +248,33 @@ def keep_copy(model: Any) -> tuple[str, ...]:
     return tuple(made)
 
 
+def names_beneath(model: Any, on: Sequence[str]) -> dict[str, str]:
+    """Weights and buffers but those of other adapters, to their names without the wrapping."""
+    off = set(model.peft_config) - set(on)
+    found = {}
+    for name in (n for named in (model.named_parameters, model.named_buffers) for n, _ in named()):
+        if off.isdisjoint(name.split(".")):
+            plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            found[name] = plain.replace(".original_module.", ".")
+    return found
+
+
+def described(model: Any, name: str) -> dict[str, Any]:
+    """The settings of an adapter of a model, as plain data: the same in every process."""
+    left_out = ("base_model_name_or_path", "peft_version", "inference_mode", "task_type")
+    settings = model.peft_config[name].to_dict()
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in settings.items()
+        if key not in left_out
+    }
+
+
+def takes_norms(model: Any) -> bool:
+    """Whether an adapter computes with the base's weights, and not with what they give alone."""
+    return any(getattr(config, "use_dora", False) for config in model.peft_config.values())
+
+
 @contextmanager
 def _quietly(seed: int) -> Iterator[None]:
     """Random draws of peft from a seed of their own, and its advice left out."""
@@ -273,7 +300,7 @@ def check_quantize(quantize: str | None, device: str) -> None:
     if quantize is None:
         return
     lacks = []
-    if not torch.cuda.is_available() or device not in ("auto", "cuda") | {device.split(":")[0]}:
+    if not torch.cuda.is_available() or device.split(":")[0] not in ("auto", "cuda"):
         lacks.append("a CUDA device")
     if util.find_spec("bitsandbytes") is None:
         lacks.append("the package bitsandbytes (pip install 'preftune[bitsandbytes]')")

@@ -120,6 +120,8 @@ def prepare(
     if rows is not None:  # before the reference is made, which is laid out as the policy is
         parts.notes += automatic.choose_layout(config, trained.trunk, parts.method, rows)
     _load_reference(parts)
+    if trained.trunk.has_adapter:  # the base model stays as it is
+        trained.trunk.narrow()
     reason = reference_cache.obstacle(parts.method, parts.reference)
     if trains and config.reference_cache and reason is not None:
         raise UserError(f"reference_cache: {reason}. Leave it out.")

@@ -174,6 +174,23 @@ class Trunk:
             twin.kept = adapters.keep_copy(self.model)
         return twin
 
+    def _in_use(self) -> tuple[str, ...]:
+        """Names of the adapters that are on in a forward pass."""
+        if not self.has_adapter:
+            return ()
+        return self.kept if self.adapter_off else tuple(self.model.active_adapters)
+
+    def names_in_use(self) -> dict[str, str] | None:
+        """The weights that a forward pass depends on, each by its name in a model without
+        adapters; None: all, by their own names. Those of an adapter that is off are left out."""
+        if not self.has_adapter:
+            return None
+        return adapters.names_beneath(self.model, self._in_use())
+
+    def adapters_in_use(self) -> list[dict[str, Any]]:
+        """Settings of the adapters that are on: as plain data that fixes what they compute."""
+        return [adapters.described(self.model, name) for name in self._in_use()]
+
     def frozen_copy(self) -> "Trunk":
         """A copy with weights of its own, which are not trained."""
         twin = copy.copy(self)
@@ -184,10 +201,14 @@ class Trunk:
 
     def narrow(self) -> None:
         """Keep the weights of products in the type in which autocast computes them: the same
-        results bit for bit, half the memory, no cast at each pass. For weights that stay."""
+        results bit for bit, half the memory, no cast at each pass. For weights that stay; those
+        of adapters are left as they are, and DoRA needs the base's whole weights for their norm."""
+        if self.autocast is None or self.has_adapter and adapters.takes_norms(self.model):
+            return
         head = self.whole.get_output_embeddings()
-        for module in self.model.modules() if self.autocast is not None else ():
-            if type(module) is torch.nn.Linear and module is not head:
+        for name, module in self.model.named_modules():
+            plain = type(module) is torch.nn.Linear and module is not head and "lora_" not in name
+            if plain and not (self.has_adapter and module.weight.requires_grad):
                 module.to(self.autocast)
 
     def compile(self) -> None:
