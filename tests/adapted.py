@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from preftune import adapters
+from preftune.adapter_saving import save_model
 from preftune.huggingface import classifier_from, load_model, load_tokenizer
 
 
@@ -30,5 +31,5 @@ def fresh(base: str, kind: str = "lora", *, scores: bool = False, **changes: Any
 def write(folder: Path, base: str, kind: str = "lora", **changes: Any) -> str:
     """The folder of an adapter that changes its base, with the tokenizer."""
     model = moved(fresh(base, kind, **changes))
-    adapters.save_model(model, load_tokenizer(base), folder)
+    save_model(model, load_tokenizer(base), folder)
     return str(folder)

@@ -10,6 +10,7 @@ import torch
 
 import adapted
 from preftune import adapters, cli
+from preftune.adapter_saving import save_model
 from preftune.huggingface import load_model, load_tokenizer
 from preftune.merging import merge
 
@@ -41,7 +42,7 @@ def test_a_stack_of_two_becomes_one_model(here: Path, tiny_model: str) -> None:
     )
     model = adapted.moved(adapters.attach(adapters.load(first, torch.float32), recipe))
     both = logits(model)
-    adapters.save_model(model, None, here / "both")
+    save_model(model, None, here / "both")
     torch.testing.assert_close(
         logits(adapters.load("both", torch.float32)), both, rtol=0, atol=1e-5
     )

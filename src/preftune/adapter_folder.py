@@ -6,7 +6,6 @@ that may stand in the configuration are regular expressions, and some take for e
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -214,7 +213,7 @@ class _Reader:
     def number(self, key: str) -> int | float:
         """A finite number."""
         value = self.values.get(key)
-        if type(value) not in (int, float) or not abs(value) < 1e9 or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
             raise self.refuse(key, "It must be a number.")
         return value
 

@@ -228,6 +228,12 @@ def _weights(config: Config) -> torch.dtype:
     return torch.float64 if config.dtype == "float64" else torch.float32
 
 
+def check_adapter(config: Config) -> None:
+    """Refuse an adapter that this machine cannot train, before anything is loaded."""
+    if config.adapter is not None:
+        adapters.check_quantize(config.adapter.quantize, config.device)
+
+
 def _bits(config: Config) -> dict[str, Any]:
     """Options of loading: the quantisation that an adapter asks for."""
     if config.adapter is None or config.adapter.quantize is None:
@@ -237,8 +243,8 @@ def _bits(config: Config) -> dict[str, Any]:
 
 def _placed(config: Config, model: Any) -> Any:
     """The model on its device, in the type that weights are kept in."""
-    if getattr(model, "quantization_method", None) is not None:  # is where it was loaded, in types of its own
-        return model
+    if getattr(model, "quantization_method", None) is not None:
+        return model  # it is where it was loaded, in types of its own
     return model.to(device=pick_device(config.device), dtype=_weights(config))
 
 

@@ -110,7 +110,7 @@ def merge(args: list[str]) -> int:
         (),
         args,
         [
-            ("folder", tyro.conf.Positional[tuple[str, ...]], (), "a run's folder, or a PEFT folder"),
+            ("folder", tyro.conf.Positional[tuple[str, ...]], (), "of a run, or a PEFT folder"),
             ("output", str | None, None, "the model's folder; it must not be there yet"),
             ("base", str | None, None, "the base model; default: the one that the adapter names"),
             ("dtype", str, "float32", "float32 or bfloat16, which rounds small changes away"),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from preftune import (
-    adapters,
     automatic,
     building,
     huggingface,
@@ -92,8 +91,7 @@ def prepare(
         UserError: the first thing that is wrong, with its cure.
     """
     method = building.method_of(config, overrides)
-    if config.adapter is not None:
-        adapters.check_quantize(config.adapter.quantize, config.device)
+    building.check_adapter(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     made_reward = judges.make_reward(reward or config.reward, config.reward_weights)
@@ -120,8 +118,6 @@ def prepare(
     if rows is not None:  # before the reference is made, which is laid out as the policy is
         parts.notes += automatic.choose_layout(config, trained.trunk, parts.method, rows)
     _load_reference(parts)
-    if trained.trunk.has_adapter:  # the base model stays as it is
-        trained.trunk.narrow()
     reason = reference_cache.obstacle(parts.method, parts.reference)
     if trains and config.reference_cache and reason is not None:
         raise UserError(f"reference_cache: {reason}. Leave it out.")
@@ -274,6 +270,23 @@ def _hold_out(parts: Parts) -> None:
 
 def _load_reference(parts: Parts) -> None:
     """The reference, where something asks for it; and the target of a bare `length:mode`."""
+    _make_reference(parts)
+    open_mode = rewards.is_open(parts.reward) or rewards.is_open(parts.gold)
+    if open_mode and parts.prompts is not None and parts.reference is not None:
+        target = judges.measured_mode(parts.reference, parts.prompts)
+        parts.reward = parts.reward and rewards.aimed(parts.reward, target)
+        parts.gold = parts.gold and rewards.aimed(parts.gold, target)
+        parts.notes.append(f"length:mode aims at the reference's most common length: {target}")
+    if parts.model.trunk.has_adapter:  # the base model stays as it is
+        parts.model.trunk.narrow()
+
+
+def _make_reference(parts: Parts) -> None:
+    """The reference, where something asks for it.
+
+    Raises:
+        UserError: it would have to move, and shares its weights with the policy.
+    """
     needs = parts.method.needs
     draws_from_it = any(loading.draws_from_reference(t.source) for t in parts.method.terms)
     open_mode = rewards.is_open(parts.reward) or rewards.is_open(parts.gold)
@@ -289,11 +302,6 @@ def _load_reference(parts: Parts) -> None:
             )
         if parts.method.reference_update == "fixed" and not parts.reference.trunk.adapter_off:
             parts.reference.trunk.narrow()
-    if open_mode and parts.prompts is not None and parts.reference is not None:
-        target = judges.measured_mode(parts.reference, parts.prompts)
-        parts.reward = parts.reward and rewards.aimed(parts.reward, target)
-        parts.gold = parts.gold and rewards.aimed(parts.gold, target)
-        parts.notes.append(f"length:mode aims at the reference's most common length: {target}")
 
 
 def make_world(parts: Parts) -> World:

@@ -22,7 +22,7 @@ from preftune import (
     rewards,
 )
 from preftune import config as configs
-from preftune.adapters import save_model
+from preftune.adapter_saving import save_model
 from preftune.alarms import Fired
 from preftune.config import Config
 from preftune.errors import GuardStop, Saved, UserError
