@@ -244,7 +244,10 @@ def test_ppo_and_hypo(settings: Settings) -> None:
     names = {n for n, _ in run.policy.named_parameters()}
     assert {"value_head.weight", "value_head.bias"} < names
     assert all("lora_" in n or n.startswith("value_head") for n in names)
-    assert bool(run.policy.value_head.weight.abs().sum() > 0)
+    held = load_file("p/model/value_head.safetensors")
+    assert torch.equal(held["weight"], run.policy.value_head.weight) and held["weight"].any()
+    gone_on = prepare(Config(**settings("q", method="ppo", model="p", adapter=None, **more)))
+    assert torch.equal(gone_on.policy.value_head.weight, held["weight"])
     run = train(settings("h", method="hypo", **more))
     assert losses(run)[0] == pytest.approx(LN2, abs=1e-6), "and no KL to begin with"
 

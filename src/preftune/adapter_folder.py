@@ -18,6 +18,8 @@ from preftune.errors import UserError
 from preftune.model_folder import DEFAULT_MODEL
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+VALUE_HEAD = "value_head.safetensors"
+"""Estimates of the reward before each token, where training had them."""
 PREFIX = "base_model.model."
 """Of the names of weights in such a folder."""
 _LARGEST = 2**24

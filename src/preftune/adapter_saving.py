@@ -10,17 +10,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from preftune import huggingface
-from preftune.adapter_folder import PREFIX, WEIGHTS
+from preftune.adapter_folder import PREFIX, VALUE_HEAD, WEIGHTS
 from preftune.adapters import is_adapted
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, value_head: Any = None) -> None:
     """Write a model folder that transformers loads unchanged: of a model with an adapter, a PEFT
-    folder of what is on: one adapter, or two of LoRA as one that holds both."""
+    folder of what is on: one adapter, or two of LoRA as one that holds both; with the value head
+    in a file of its own, from which training goes on."""
     if not is_adapted(model):
         huggingface.save_model(model, tokenizer, folder)
         return
     _save_adapter(model, folder)
+    if value_head is not None:
+        state = {k: t.detach().cpu().contiguous() for k, t in value_head.state_dict().items()}
+        save_file(state, folder / VALUE_HEAD)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

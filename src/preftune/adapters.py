@@ -14,10 +14,11 @@ from importlib import util
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from preftune import adapter_folder, huggingface
-from preftune.adapter_folder import PREFIX, WEIGHTS, Described
+from preftune.adapter_folder import PREFIX, VALUE_HEAD, WEIGHTS, Described
 from preftune.errors import UserError
 
 NAME, EARLIER, KEPT = "default", "earlier", "start"
@@ -129,6 +130,27 @@ def put_on(base: Any, found: Described, name: str = NAME) -> Any:
         )
     model.requires_grad_(False)
     return model.eval()
+
+
+def load_value_head(name: str, head: torch.nn.Linear) -> None:
+    """Start a value head as training left it, where an adapter's folder holds one.
+
+    Raises:
+        UserError: it is of another model, or no numbers.
+    """
+    path = Path(huggingface.resolve_model(name)) / VALUE_HEAD
+    if not path.is_file() or not adapter_folder.is_adapter(path.parent):
+        return
+    try:
+        held = load_file(path)
+        if not all(bool(t.isfinite().all()) for t in held.values()):
+            raise ValueError("it holds what is no number")
+        head.load_state_dict(held)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"adapter '{name}': {VALUE_HEAD} does not fit: {why}. Delete it."
+        ) from error
 
 
 def attach(model: Any, recipe: Recipe) -> Any:

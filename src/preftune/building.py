@@ -264,7 +264,8 @@ def make_policy(
     config: Config, model: Any | None, tokenizer: Any | None, method: Method | None = None
 ) -> Transformer:
     """The policy, its weights in float32 (or float64), with what the method needs on top."""
-    if model is None:
+    named = model is None
+    if named:
         model = adapters.load(config.model, _weights(config), **_bits(config))
         if method is not None and config.adapter is None and adapters.is_adapted(model):
             model = adapters.trainable(model)
@@ -278,7 +279,7 @@ def make_policy(
         )
     if config.stop and tokenizer is None:
         raise UserError("stop: needs the model's tokenizer. Give `tokenizer` beside `model`.")
-    return Transformer(
+    policy = Transformer(
         model, end_ids=ends, decoding=decoding_of(config),
         autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix,
         packing=config.packing,
@@ -286,6 +287,9 @@ def make_policy(
         controls=controls_of(method, tokenizer),
         decode=None if tokenizer is None else lambda ids: huggingface.text_of(tokenizer, ids),
     )  # fmt: skip
+    if named and policy.value_head is not None:
+        adapters.load_value_head(config.model, policy.value_head)
+    return policy
 
 
 def make_reference(config: Config, policy: Transformer) -> Transformer:

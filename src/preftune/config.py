@@ -121,7 +121,9 @@ class Config(Strict):
     micro_batch_tokens: int | None = Field(
         None, ge=1, description="tokens in one forward pass; default auto"
     )
-    learning_rate: float | None = Field(None, gt=0, description="default: the row's")
+    learning_rate: float | None = Field(
+        None, gt=0, description="default: the row's, for an adapter ten times that"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="after the warm-up"
     )

@@ -326,7 +326,7 @@ def make_settings(parts: Parts) -> loop.Settings:
     steps = config.max_steps or max(1, round(config.epochs * per_epoch))
     return loop.Settings(
         max_steps=steps,
-        learning_rate=config.learning_rate or parts.method.defaults.get("learning_rate", 1e-6),
+        learning_rate=config.learning_rate or _rate(parts),
         lr_schedule=config.lr_schedule,
         warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
@@ -337,6 +337,13 @@ def make_settings(parts: Parts) -> loop.Settings:
         max_skipped=config.max_skipped,
         best_by=config.best_by,
     )
+
+
+def _rate(parts: Parts) -> float:
+    """The row's learning rate; ten times that for an adapter, as is usual: its updates have fewer
+    directions, and start from nothing."""
+    rate = parts.method.defaults.get("learning_rate", 1e-6)
+    return 10 * rate if parts.model.trunk.has_adapter else rate
 
 
 def keeps_reference(parts: Parts) -> bool:

@@ -291,7 +291,7 @@ def _save_model(parts: Parts, folder: RunFolder) -> None:
     else:
         if parts.model.controls is not None:
             tokenizer = building.asking_for_good(tokenizer)
-        save_model(parts.model.model, tokenizer, work)
+        save_model(parts.model.model, tokenizer, work, parts.model.value_head)
     shutil.rmtree(folder.path / "model", ignore_errors=True)
     durable.reach("model")
     work.rename(folder.path / "model")
