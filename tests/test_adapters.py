@@ -162,7 +162,7 @@ def test_the_base_stays_and_the_reference_with_it(settings: Settings, tiny_model
         assert not tensor.requires_grad
         assert torch.equal(tensor, own) or torch.equal(tensor, own.bfloat16()), name
     assert run.parts.reference is not None
-    run.parts.reference.trunk.autocast = None
+    assert run.policy.frozen_copy().trunk.kept == ("start_default",), "also of a narrow base"
     now = tiny.score(run.parts.reference, tiny.ragged())
     torch.testing.assert_close(now, start, rtol=0, atol=0.05)
     held = load_file("a/checkpoints/step-000002/state.safetensors")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def load_value_head(name: str, head: torch.nn.Linear) -> None:
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"adapter '{name}': {VALUE_HEAD} does not fit: {why}. Delete it."
+            f"adapter '{name}': {VALUE_HEAD} does not fit: {why}. Delete it to begin with none."
         ) from error
 
 

@@ -171,8 +171,8 @@ def test_the_reference_samples_without_the_adapter() -> None:
     model, plain = with_lora()
     decoding = Decoding(max_new_tokens=6)
     policy = Transformer(model, end_ids=[tiny.END], decoding=decoding)
-    moved(policy)
     reference = policy.frozen_copy()
+    moved(policy)
     s = tiny.ragged()
 
     def draw(one: Transformer) -> Any:

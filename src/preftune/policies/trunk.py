@@ -59,7 +59,7 @@ class Trunk:
                 "adapter: one that puts tokens before the prompt is not supported. Give LoRA or "
                 "another that changes the weights."
             )
-        self.compiled = False
+        self.compiled = self.narrowed = False
         self.window = share_window(model)
         self.packing = packing is not False and self._can_pack()
         if packing and not self.packing:
@@ -205,6 +205,7 @@ class Trunk:
         of adapters are left as they are, and DoRA needs the base's whole weights for their norm."""
         if self.autocast is None or self.has_adapter and adapters.takes_norms(self.model):
             return
+        self.narrowed = True
         head = self.whole.get_output_embeddings()
         for name, module in self.model.named_modules():
             plain = type(module) is torch.nn.Linear and module is not head and "lora_" not in name
@@ -246,7 +247,8 @@ class Trunk:
             shared=shared, packed=packed, device=self.device,
         )  # fmt: skip
         exact = copy.copy(self)
-        exact.autocast = None  # its rounding would hide a wrong mask
+        if not self.narrowed:
+            exact.autocast = None  # its rounding would hide a wrong mask
         return exact.hidden(layout).to(self.wide)
 
     def _can_share(self) -> bool:
