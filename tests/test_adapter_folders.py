@@ -79,7 +79,9 @@ def test_flags(here: Path, train: Callable[..., list[str]], refused: Refused) ->
     assert cli.run(["train", "--output", "out", "--resume"]) == 0
     other = ["--set", "adapter.rank=3", "--resume"]
     message = refused("train", "--output", "out", *other)
-    assert "adapter.rank: 2 became 3" in message
+    assert "differ: adapter.rank: 2 became 3. " in message
+    assert "kind" not in message and "target_modules" not in message
+    assert cli.run(["train", "--output", "out", "--resume", "--adapter", "rslora"]) == 0
     assert "there is no 'adapter.rnk'" in refused("train", "--set", "adapter.rnk=2")
     assert "Did you mean '--adapter'" in refused("train", "--lora-r", "2")
     wrong = ("--adapter", "lora", "--set", "adapter.target_modules=[no_proj]")

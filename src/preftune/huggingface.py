@@ -152,6 +152,11 @@ def _load_weights(auto: Any, name: str, dtype: torch.dtype, new: str = "", **opt
     model, found = _load(
         auto, name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model '{name}': is an adapter on the Hub. Download it (hf download {name} "
+            "--local-dir DIR), and give that folder."
+        )
     missing = sorted(found["missing_keys"])
     fresh = [key for key in missing if new and key.startswith(f"{new}.")]
     missing = [key for key in missing if key not in fresh]
