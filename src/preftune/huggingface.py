@@ -214,18 +214,22 @@ def in_bits(quantize: str, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((Path(folder) / name).exists() for name in names)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model folder or Hub id; of an adapter, its own or its base model's."""
     from transformers import AutoTokenizer
 
     folder = resolve_model(name)
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    has_own = any((Path(folder) / n).exists() for n in names)
     if is_adapter(folder):
-        if not has_own:
+        if not has_tokenizer(folder):
             return load_tokenizer(describe(folder).base)
         return _said(folder, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    if Path(folder).is_dir() and not has_own:
+    if Path(folder).is_dir() and not has_tokenizer(folder):
         check_folder(folder)
         raise UserError(
             f"model '{name}': the folder holds no tokenizer (tokenizer.json). "

@@ -70,10 +70,10 @@ def _whole(found: Described, dtype: torch.dtype) -> Any:
 
 def _tokenizer(found: Described) -> Any:
     """The adapter's own tokenizer, else its base model's; None where neither has one."""
-    for place in (str(found.folder), found.base):
-        try:
-            return huggingface.load_tokenizer(place)
-        except UserError as error:
-            if "holds no tokenizer" not in str(error):
-                raise
-    return None
+    place = str(found.folder) if huggingface.has_tokenizer(found.folder) else found.base
+    try:
+        return huggingface.load_tokenizer(place)
+    except UserError as error:
+        if "holds no tokenizer" not in str(error):
+            raise
+        return None
