@@ -23,8 +23,9 @@ def _adapter(before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     """An adapter's settings of which some are given: the others are as they were."""
     held, given = before.get("adapter"), values.get("adapter")
     given = {"kind": given} if isinstance(given, str) else given
-    both = isinstance(held, Mapping) and isinstance(given, Mapping)
-    return {"adapter": {**held, **given}} if both else {}
+    if not isinstance(held, Mapping) or not isinstance(given, Mapping):
+        return {}
+    return {"adapter": {**held, **given}}
 
 
 def finished(folder: RunFolder, settings: loop.Settings) -> bool:
