@@ -393,11 +393,21 @@ def lora(tiny_model: str) -> Any:
     return peft.get_peft_model(load_model(tiny_model, torch.float32), config)
 
 
-def test_beside_an_adapter_nothing_is_kept(settings, tiny_model, cache):
-    run = train(settings("a"), model=lora(tiny_model))
-    assert keys(cache) == set() and run.parts.reference is not None
-    with pytest.raises(UserError, match="reference_cache: beside an adapter"):
-        train(settings("b", reference_cache=True), model=lora(tiny_model))
+def test_a_base_model_s_values_serve_every_adapter_on_it(settings, tiny_model, cache, tmp_path):
+    """The key holds what the reference computes with: not the adapter that is trained."""
+    plain = train(settings("a"))
+    (key,) = keys(cache)
+    given = train(settings("b"), model=lora(tiny_model))
+    train(settings("c", adapter={"kind": "dora", "rank": 3, "target_modules": ["up_proj"]}))
+    assert keys(cache) == {key}
+    assert losses(given)[0] == losses(plain)[0]
+    earlier = str(tmp_path / "c")
+    kept = train(settings("d", model=earlier, reference_cache=True))
+    (other,) = keys(cache) - {key}
+    assert losses(train(settings("e", model=earlier))) == losses(kept)
+    assert keys(cache) == {key, other}
+    off = train(settings("f", model=earlier, reference_cache=False))
+    assert losses(off) == pytest.approx(losses(kept), abs=1e-5)
 
 
 @pytest.mark.parametrize("update", ["round", "ema"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune import huggingface, methods, spec
+from preftune import adapters, huggingface, methods, spec
 from preftune.config import Config, set_path
 from preftune.data import (
     Renderer,
@@ -211,13 +211,13 @@ def make_model(
         return make_policy(config, model, tokenizer, method)
     loaded: Any = model
     if loaded is None:
-        loaded = huggingface.classifier_from(config.model, _weights(config))
+        loaded = adapters.classifier_from(config.model, _weights(config), **_bits(config))
     if getattr(getattr(loaded, "config", None), "num_labels", None) != 1:
         raise UserError(
             "model: to train a reward model give a folder, or a sequence-classification model "
             "with one output."
         )
-    loaded = loaded.to(device=pick_device(config.device), dtype=_weights(config))
+    loaded = _adapted(config, _placed(config, loaded), scores=True)
     return RewardModel(
         loaded, autocast=autocast_of(config.dtype, loaded), share_prefix=config.share_prefix,
         packing=config.packing,
@@ -228,13 +228,50 @@ def _weights(config: Config) -> torch.dtype:
     return torch.float64 if config.dtype == "float64" else torch.float32
 
 
+def check_adapter(config: Config) -> None:
+    """Refuse an adapter that this machine cannot train, before anything is loaded."""
+    if config.adapter is not None:
+        adapters.check_quantize(config.adapter.quantize, config.device)
+
+
+def _bits(config: Config) -> dict[str, Any]:
+    """Options of loading: the quantisation that an adapter asks for."""
+    if config.adapter is None or config.adapter.quantize is None:
+        return {}
+    return huggingface.in_bits(config.adapter.quantize, pick_device(config.device))
+
+
+def _placed(config: Config, model: Any) -> Any:
+    """The model on its device, in the type that weights are kept in."""
+    if getattr(model, "quantization_method", None) is not None:
+        return model  # it is where it was loaded, in types of its own
+    return model.to(device=pick_device(config.device), dtype=_weights(config))
+
+
+def _adapted(config: Config, model: Any, *, scores: bool = False) -> Any:
+    """The model with the adapter that is asked for."""
+    asked = config.adapter
+    if asked is None:
+        return model
+    recipe = adapters.Recipe(
+        kind=asked.kind, rank=asked.rank, alpha=asked.alpha, seed=config.seed, scores=scores,
+        target_modules=asked.target_modules,
+    )  # fmt: skip
+    return _placed(config, adapters.attach(model, recipe))
+
+
 def make_policy(
     config: Config, model: Any | None, tokenizer: Any | None, method: Method | None = None
 ) -> Transformer:
     """The policy, its weights in float32 (or float64), with what the method needs on top."""
-    weights = _weights(config)
-    loaded: Any = huggingface.load_model(config.model, weights) if model is None else model
-    model = loaded.to(device=pick_device(config.device), dtype=weights)
+    named = model is None
+    if named:
+        model = adapters.load(config.model, _weights(config), **_bits(config))
+        if method is not None and config.adapter is None and adapters.is_adapted(model):
+            model = adapters.trainable(model)
+    model = _placed(config, model)
+    if method is not None:
+        model = _adapted(config, model)
     ends = huggingface.end_ids(model, tokenizer)
     if not ends:
         raise UserError(
@@ -242,7 +279,7 @@ def make_policy(
         )
     if config.stop and tokenizer is None:
         raise UserError("stop: needs the model's tokenizer. Give `tokenizer` beside `model`.")
-    return Transformer(
+    policy = Transformer(
         model, end_ids=ends, decoding=decoding_of(config),
         autocast=autocast_of(config.dtype, model), share_prefix=config.share_prefix,
         packing=config.packing,
@@ -250,6 +287,9 @@ def make_policy(
         controls=controls_of(method, tokenizer),
         decode=None if tokenizer is None else lambda ids: huggingface.text_of(tokenizer, ids),
     )  # fmt: skip
+    if named and policy.value_head is not None:
+        adapters.load_value_head(config.model, policy.value_head)
+    return policy
 
 
 def make_reference(config: Config, policy: Transformer) -> Transformer:
@@ -257,7 +297,7 @@ def make_reference(config: Config, policy: Transformer) -> Transformer:
     if config.reference is None:
         return policy.frozen_copy()
     dtype = next(policy.model.parameters()).dtype
-    model = huggingface.load_model(config.reference, dtype).to(policy.device)
+    model = adapters.load(config.reference, dtype).to(policy.device)
     if model.config.vocab_size != policy.model.config.vocab_size:
         raise UserError(
             f"reference '{config.reference}': has {model.config.vocab_size} tokens, the model "

@@ -25,6 +25,7 @@ HELP = """usage: preftune COMMAND [--help]
   inspect      template, tokens, loss mask and end token of real rows, before any training
   pipeline     the papers' critical path: imitate, learn a reward, optimise it, judge by another
   reproduce    the papers' claims, run again: claim, measured, verdict
+  merge        the full model of a run with an adapter, or of a PEFT folder
   report       one HTML page of run folders
   env          versions and devices, for a bug report
 """
@@ -98,7 +99,8 @@ def _dispatch(args: list[str]) -> int:
         "sample": _sample, "label": _label, "diagnose": _diagnose, "advise-study": _advise_study,
         "compare": _compare,
         "inspect": _inspect,
-        "pipeline": _pipeline, "reproduce": _reproduce, "report": _report, "env": _env,
+        "pipeline": _pipeline, "reproduce": _reproduce, "report": _report,
+        "merge": _merge, "env": _env,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
@@ -284,6 +286,12 @@ def _inspect(args: list[str]) -> int:
 
     show(facts)
     return 0
+
+
+def _merge(args: list[str]) -> int:
+    from preftune.cli_train import merge
+
+    return merge(args)
 
 
 def _report(args: list[str]) -> int:

@@ -39,8 +39,10 @@ def settings(
             overrides[path] = value
         elif path in configs.Config.model_fields:
             values[path] = value
+        elif path in (of_adapter := [f"adapter.{n}" for n in configs.Adapter.model_fields]):
+            values["adapter"] = {**_mapping(values), path.removeprefix("adapter."): value}
         else:
-            known = [*configs.Config.model_fields, "terms.0.weight"]
+            known = [*configs.Config.model_fields, "terms.0.weight", *of_adapter]
             raise UserError(f"--set {path}: there is no '{path}'.{configs.suggest(path, known)}")
     return values, overrides
 
@@ -60,6 +62,12 @@ def assigned(pair: str) -> tuple[str, Any]:
         return path, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {pair}: the value is no plain YAML.") from error
+
+
+def _mapping(values: dict[str, Any]) -> dict[str, Any]:
+    """The adapter given so far, of which `adapter: lora` is one spelling."""
+    given = values.get("adapter") or {}
+    return dict(given) if isinstance(given, dict) else {"kind": given}
 
 
 def train(args: list[str]) -> int:
@@ -94,6 +102,42 @@ def reward(args: list[str]) -> int:
         if gain["low"] is None or gain["low"] <= 0:
             print("It does not beat the best rule that reads nothing beyond this run's noise.")
     print(f"use it: --reward {folder / 'model'}\nreport: {folder / 'report.html'}")
+    return 0
+
+
+def merge(args: list[str]) -> int:
+    """preftune merge: the full model of a run with an adapter, or of a PEFT folder."""
+    import tyro
+
+    from preftune import flags
+    from preftune.progress import stderr, working
+
+    _, own = flags.parse(
+        "merge",
+        "Write the full model of a run with an adapter, or of a PEFT folder.",
+        (),
+        args,
+        [
+            ("folder", tyro.conf.Positional[tuple[str, ...]], (), "of a run, or a PEFT folder"),
+            ("output", str | None, None, "the model's folder; it must not be there yet"),
+            ("base", str | None, None, "the base model; default: the one that the adapter names"),
+            ("dtype", str, "float32", "float32 or bfloat16, which rounds small changes away"),
+            JSON,
+        ],
+    )
+    if len(own["folder"]) != 1 or own["output"] is None:
+        raise UserError("merge: give one run's folder or PEFT folder, and --output DIR.")
+    if own["dtype"] not in ("float32", "bfloat16"):
+        raise UserError(f"flag '--dtype': is {own['dtype']}. Give float32 or bfloat16.")
+    with working(stderr(), "merging"):
+        import torch
+
+        from preftune import merging
+
+        place = merging.merge(
+            own["folder"][0], Path(own["output"]), own["base"], getattr(torch, own["dtype"])
+        )
+    print_json({"folder": str(place)}) if own["json"] else print(f"model: {place}")
     return 0
 
 

@@ -1,10 +1,11 @@
 """The strict flat configuration, in YAML and as flags. The loop never sees it."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from preftune import plain_yaml
 from preftune.errors import UserError, nearest
@@ -22,7 +23,10 @@ _TRL_NAMES = {
     "total_steps": "max_steps", "init_kl_coef": "kl", "kl_coef": "kl", "fp16": "dtype",
     "loss_type": "method", "reward_funcs": "reward", "ref_model": "reference", "bf16": "dtype",
     "resume_from_checkpoint": "resume", "optim": "optimizer", "dataset": "data",
-    "steps": "max_steps",
+    "steps": "max_steps", "peft_config": "adapter", "use_peft": "adapter", "lora_r": "adapter",
+    "lora_alpha": "adapter", "lora_target_modules": "adapter", "load_in_4bit": "adapter",
+    "load_in_8bit": "adapter", "use_dora": "adapter", "use_rslora": "adapter", "r": "rank",
+    "lora_dropout": "adapter",
 }  # fmt: skip
 
 
@@ -32,6 +36,38 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+class Adapter(Strict):
+    """A PEFT adapter, which is trained in place of the model's weights."""
+
+    kind: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="LoRA; scaled by the root of its rank; with a magnitude of its own"
+    )
+    rank: int = Field(16, ge=1, description="columns of each of its two factors")
+    alpha: float = Field(
+        32, gt=0, description="scales it: by alpha / rank, or in rslora alpha / sqrt(rank)"
+    )
+    dropout: Literal[0] = Field(
+        0, description="none: policy and reference are compared as they compute"
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of the modules that it changes; all-linear: but the head"
+    )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        None, description="keep the base model's weights in so many bits (bitsandbytes on CUDA)"
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _plain_names(cls, value: str | list[str]) -> str | list[str]:
+        """peft takes a text for a regular expression; here it is a name, or several."""
+        if value == "all-linear":
+            return value
+        names = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not names or any(re.fullmatch(r"[\w.]+", name) is None for name in names):
+            raise ValueError("it must be all-linear or names of modules, as [q_proj, v_proj]")
+        return names
 
 
 class Config(Strict):
@@ -85,7 +121,9 @@ class Config(Strict):
     micro_batch_tokens: int | None = Field(
         None, ge=1, description="tokens in one forward pass; default auto"
     )
-    learning_rate: float | None = Field(None, gt=0, description="default: the row's")
+    learning_rate: float | None = Field(
+        None, gt=0, description="default: the row's, for an adapter ten times that"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="after the warm-up"
     )
@@ -93,6 +131,9 @@ class Config(Strict):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's norm")
     optimizer: Literal["adamw"] = Field("adamw", description="fused AdamW")
+    adapter: Adapter | None = Field(
+        None, description="train an adapter: lora, rslora or dora; more by --set adapter.rank=8"
+    )
     reference_update: Literal["fixed", "round", "ema"] | None = Field(
         None, description="the reference: as it starts, the policy of each round, a moving average"
     )
@@ -185,6 +226,12 @@ class Config(Strict):
     log_every: int = Field(1, ge=1, description="steps between rows of metrics.jsonl")
     resume: bool = Field(False, description="go on with the run in output")
 
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        """`adapter: lora` stands for `adapter: {kind: lora}`."""
+        return {"kind": value} if isinstance(value, str) else value
+
 
 def explain(error: ValidationError, known: Iterable[str]) -> UserError:
     """pydantic's findings as one message: key, value, reason, nearest name."""
@@ -192,7 +239,9 @@ def explain(error: ValidationError, known: Iterable[str]) -> UserError:
     for found in error.errors():
         key = ".".join(str(p) for p in found["loc"])
         if found["type"] == "extra_forbidden":
-            lines.append(f"'{key}' is no setting.{suggest(key, known)}")
+            last = str(found["loc"][-1])
+            near = suggest(key, known) if key == last else suggest(last, Adapter.model_fields)
+            lines.append(f"'{key}' is no setting.{near}")
         else:
             lines.append(
                 f"'{key}' is {found['input']!r:.60}: {found['msg'][0].lower()}{found['msg'][1:]}."

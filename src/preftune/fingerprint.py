@@ -4,7 +4,7 @@ and the code that does it.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 import preftune
 from preftune.policies.transformer import Transformer
 
-_CODE = ("numerics.py", "policies/*.py")
+_CODE = ("numerics.py", "adapters.py", "policies/*.py")
 """What makes log-probs of weights and token ids."""
 
 Tick = Callable[[str, int, int], None]
@@ -25,7 +25,7 @@ Tick = Callable[[str, int, int], None]
 
 def of_computation(policy: Transformer, tick: Tick) -> dict[str, Any]:
     """The model and its weights, how it computes, and the code."""
-    model = policy.model
+    model = policy.trunk.whole
     config = {
         k: v
         for k, v in model.config.to_dict().items()
@@ -35,8 +35,9 @@ def of_computation(policy: Transformer, tick: Tick) -> dict[str, Any]:
         "model": {
             "class": type(model).__name__,
             "config": digest(as_json(config)),
-            "weights": of_weights(model, tick),
+            "weights": of_weights(policy.model, tick, names=policy.trunk.names_in_use()),
             "dtype": str(model.dtype),
+            **({"adapters": on} if (on := policy.trunk.adapters_in_use()) else {}),
         },
         # Most of these change rounding alone. They stand here so that what one run kept changes no
         # bit of another.
@@ -77,14 +78,18 @@ def of_weights(
     tick: Tick = lambda stage, done, total: None,
     *,
     frozen: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> str:
     """A hash of every weight and buffer: name, type, shape and bytes.
 
     Args:
         frozen: of weights that are not trained alone.
+        names: of those alone, by other names.
     """
     weights = {n: p for n, p in model.named_parameters() if not (frozen and p.requires_grad)}
     tensors = weights if frozen else {**weights, **dict(model.named_buffers())}
+    if names is not None:
+        tensors = {names[n]: t for n, t in tensors.items() if n in names}
 
     def one(named: tuple[str, Tensor]) -> str:
         name, tensor = named

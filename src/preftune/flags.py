@@ -6,7 +6,7 @@ import typing
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
-from preftune.config import Config, suggest
+from preftune.config import Adapter, Config, suggest
 from preftune.errors import UserError
 
 GENERATION = (
@@ -126,6 +126,9 @@ def _kind(name: str, annotation: Any) -> tuple[Any, str]:
     if name in ("reward", "reward_weights", "stop"):
         plain = "FLOAT" if name == "reward_weights" else "STR"
         return tuple[str, ...] | None, f"{plain} ..."
+    if name == "adapter":
+        kinds = typing.get_args(Adapter.model_fields["kind"].annotation)
+        return str | None, "{" + ",".join(kinds) + "}"
     if annotation is bool:
         return bool, ""
     plain = annotation

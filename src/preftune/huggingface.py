@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from preftune import model_folder
+from preftune.adapter_folder import describe, is_adapter
 from preftune.errors import UserError
 from preftune.model_folder import DEFAULT_MODEL, check_folder
 
@@ -92,8 +93,9 @@ def resolve_model(name: str) -> str:
     """
     if name != DEFAULT_MODEL:
         inside = Path(name) / "model"
-        own = (Path(name) / "config.json").exists()
-        return str(inside) if not own and (inside / "config.json").is_file() else name
+        own = (Path(name) / "config.json").exists() or is_adapter(name)
+        holds = (inside / "config.json").is_file() or is_adapter(inside)
+        return str(inside) if holds and not own else name
     target = cache_folder() / "models" / DEFAULT_MODEL
     if target.is_dir():
         return str(target)
@@ -150,6 +152,11 @@ def _load_weights(auto: Any, name: str, dtype: torch.dtype, new: str = "", **opt
     model, found = _load(
         auto, name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model '{name}': is an adapter on the Hub. Download it (hf download {name} "
+            "--local-dir DIR), and give that folder."
+        )
     missing = sorted(found["missing_keys"])
     fresh = [key for key in missing if new and key.startswith(f"{new}.")]
     missing = [key for key in missing if key not in fresh]
@@ -187,20 +194,42 @@ def _check_size(auto: Any, name: str, config: Any) -> None:
         )
 
 
-def load_model(name: str, dtype: torch.dtype) -> Any:
+def load_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
     """A causal language model in `dtype`, in eval mode (dropout off: it would blur log-ratios)."""
     from transformers import AutoModelForCausalLM
 
-    return _load_weights(AutoModelForCausalLM, resolve_model(name), dtype)
+    return _load_weights(AutoModelForCausalLM, resolve_model(name), dtype, **options)
+
+
+def in_bits(quantize: str, device: torch.device) -> dict[str, Any]:
+    """Options of `load_model` that keep linear layers in 4 (NF4, twice quantised) or 8 bits, with
+    products in bfloat16; the head stays as it is."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=quantize == "4bit", load_in_8bit=quantize == "8bit",
+        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((Path(folder) / name).exists() for name in names)
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or Hub id."""
+    """The tokenizer of a model folder or Hub id; of an adapter, its own or its base model's."""
     from transformers import AutoTokenizer
 
     folder = resolve_model(name)
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if Path(folder).is_dir() and not any((Path(folder) / n).exists() for n in names):
+    if is_adapter(folder):
+        if not has_tokenizer(folder):
+            return load_tokenizer(describe(folder).base)
+        return _said(folder, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    if Path(folder).is_dir() and not has_tokenizer(folder):
         check_folder(folder)
         raise UserError(
             f"model '{name}': the folder holds no tokenizer (tokenizer.json). "
@@ -243,7 +272,7 @@ def _check_outputs(config: Any, name: str) -> None:
         )
 
 
-def classifier_from(name: str, dtype: torch.dtype) -> Any:
+def classifier_from(name: str, dtype: torch.dtype, **options: Any) -> Any:
     """A classifier with one output, to be trained: a causal model's weights under a head of zeros.
 
     A folder or Hub id that is such a classifier already keeps its head. In eval mode (dropout off).
@@ -262,7 +291,7 @@ def classifier_from(name: str, dtype: torch.dtype) -> Any:
     _check_outputs(config, name)
     head = "score" if new else ""
     model = _load_weights(
-        AutoModelForSequenceClassification, folder, dtype, new=head, config=config
+        AutoModelForSequenceClassification, folder, dtype, new=head, config=config, **options
     )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune import huggingface, rewards
+from preftune import adapters, huggingface, rewards
 from preftune.data import (
     Example,
     Renderer,
@@ -39,7 +39,7 @@ def make_reward(given: Any, weights: list[float] | None) -> rewards.Reward | Non
 
 def _classifier(name: str) -> rewards.Reward:
     try:
-        model, tokenizer = huggingface.load_classifier(name, torch.float32)
+        model, tokenizer = adapters.load_classifier(name, torch.float32)
     except UserError as error:
         message = str(error).removeprefix("model ").removeprefix("reward ")
         raise UserError(f"reward {message}") from error

@@ -91,6 +91,7 @@ def prepare(
         UserError: the first thing that is wrong, with its cure.
     """
     method = building.method_of(config, overrides)
+    building.check_adapter(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     made_reward = judges.make_reward(reward or config.reward, config.reward_weights)
@@ -269,6 +270,23 @@ def _hold_out(parts: Parts) -> None:
 
 def _load_reference(parts: Parts) -> None:
     """The reference, where something asks for it; and the target of a bare `length:mode`."""
+    _make_reference(parts)
+    open_mode = rewards.is_open(parts.reward) or rewards.is_open(parts.gold)
+    if open_mode and parts.prompts is not None and parts.reference is not None:
+        target = judges.measured_mode(parts.reference, parts.prompts)
+        parts.reward = parts.reward and rewards.aimed(parts.reward, target)
+        parts.gold = parts.gold and rewards.aimed(parts.gold, target)
+        parts.notes.append(f"length:mode aims at the reference's most common length: {target}")
+    if parts.model.trunk.has_adapter:  # the base model stays as it is
+        parts.model.trunk.narrow()
+
+
+def _make_reference(parts: Parts) -> None:
+    """The reference, where something asks for it.
+
+    Raises:
+        UserError: it would have to move, and shares its weights with the policy.
+    """
     needs = parts.method.needs
     draws_from_it = any(loading.draws_from_reference(t.source) for t in parts.method.terms)
     open_mode = rewards.is_open(parts.reward) or rewards.is_open(parts.gold)
@@ -276,13 +294,14 @@ def _load_reference(parts: Parts) -> None:
         return
     if "ref_logp" in needs or draws_from_it or parts.held_out is not None or open_mode:
         parts.reference = building.make_reference(parts.config, parts.policy)
+        if parts.method.reference_update != "fixed" and parts.reference.trunk.adapter_off:
+            raise UserError(
+                f"reference_update: {parts.method.reference_update} moves a reference with weights "
+                "of its own; beside an adapter it is the model with the adapter off. Set it to "
+                "fixed, or leave the adapter out."
+            )
         if parts.method.reference_update == "fixed" and not parts.reference.trunk.adapter_off:
             parts.reference.trunk.narrow()
-    if open_mode and parts.prompts is not None and parts.reference is not None:
-        target = judges.measured_mode(parts.reference, parts.prompts)
-        parts.reward = parts.reward and rewards.aimed(parts.reward, target)
-        parts.gold = parts.gold and rewards.aimed(parts.gold, target)
-        parts.notes.append(f"length:mode aims at the reference's most common length: {target}")
 
 
 def make_world(parts: Parts) -> World:
@@ -307,7 +326,7 @@ def make_settings(parts: Parts) -> loop.Settings:
     steps = config.max_steps or max(1, round(config.epochs * per_epoch))
     return loop.Settings(
         max_steps=steps,
-        learning_rate=config.learning_rate or parts.method.defaults.get("learning_rate", 1e-6),
+        learning_rate=config.learning_rate or _rate(parts),
         lr_schedule=config.lr_schedule,
         warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
@@ -318,6 +337,13 @@ def make_settings(parts: Parts) -> loop.Settings:
         max_skipped=config.max_skipped,
         best_by=config.best_by,
     )
+
+
+def _rate(parts: Parts) -> float:
+    """The row's learning rate; ten times that for an adapter, as is usual: its updates have fewer
+    directions, and start from nothing."""
+    rate = parts.method.defaults.get("learning_rate", 1e-6)
+    return 10 * rate if parts.model.trunk.has_adapter else rate
 
 
 def keeps_reference(parts: Parts) -> bool:

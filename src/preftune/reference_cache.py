@@ -57,8 +57,6 @@ def obstacle(method: Method, reference: Any) -> str | None:
         return f"the reference moves (reference_update: {method.reference_update})"
     if not isinstance(reference, Transformer):
         return "the reference is no language model"
-    if reference.trunk.adapter_off:
-        return "beside an adapter the reference is the base model, with the adapter off"
     return None
 
 

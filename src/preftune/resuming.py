@@ -14,8 +14,18 @@ def resumed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """With `resume`, the settings of the folder's own config.yaml, and what is given besides."""
     output = values.get("output")
     if values.get("resume") and output and (Path(output) / "config.yaml").is_file():
-        return {**RunFolder(Path(output)).read_config(), **values}
+        before = RunFolder(Path(output)).read_config()
+        return {**before, **values, **_adapter(before, values)}
     return values
+
+
+def _adapter(before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's settings of which some are given: the others are as they were."""
+    held, given = before.get("adapter"), values.get("adapter")
+    given = {"kind": given} if isinstance(given, str) else given
+    if not isinstance(held, Mapping) or not isinstance(given, Mapping):
+        return {}
+    return {"adapter": {**held, **given}}
 
 
 def finished(folder: RunFolder, settings: loop.Settings) -> bool:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from preftune import building
+from preftune.adapters import is_classifier
 from preftune.data import Rows
 from preftune.figures import Figure, Figures, clustered, wins
 from preftune.held_out import eval_metrics
-from preftune.huggingface import is_classifier
 from preftune.likelihoods import pair_batches, response_logp
 from preftune.parts import Parts
 from preftune.policies.base import Trainable

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune import huggingface
+from preftune.adapter_saving import save_model
 from preftune.policies.trunk import Trunk
 from preftune.samples import Samples
 
@@ -113,7 +114,7 @@ class RewardModel:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
             tokenizer.padding_side = "right"  # on the left it would move absolute positions
-        huggingface.save_model(self.model, tokenizer, folder)
+        save_model(self.model, tokenizer, folder)
 
 
 def padding_id(model: Any, tokenizer: Any) -> int | None:

@@ -15,7 +15,6 @@ from preftune import (
     durable,
     fingerprint,
     held_out,
-    huggingface,
     loop,
     reference_cache,
     resuming,
@@ -23,6 +22,7 @@ from preftune import (
     rewards,
 )
 from preftune import config as configs
+from preftune.adapter_saving import save_model
 from preftune.alarms import Fired
 from preftune.config import Config
 from preftune.errors import GuardStop, Saved, UserError
@@ -304,7 +304,7 @@ def _save_model(parts: Parts, folder: RunFolder) -> None:
     else:
         if parts.model.controls is not None:
             tokenizer = building.asking_for_good(tokenizer)
-        huggingface.save_model(parts.model.model, tokenizer, work)
+        save_model(parts.model.model, tokenizer, work, parts.model.value_head)
     shutil.rmtree(folder.path / "model", ignore_errors=True)
     durable.reach("model")
     work.rename(folder.path / "model")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 from hypothesis import strategies as st
-from targets import CONFIG_KEYS, GOOD_MODEL, GOOD_PLAIN, SEEDS, TEMPLATE
+from targets import CONFIG_KEYS, GOOD_ADAPTER, GOOD_MODEL, GOOD_PLAIN, SEEDS, TEMPLATE
 
 _PIECES = [
     b"null", b"true", b"1e999", b"-1", b"9" * 400, b"NaN", b'"', b"'", b"{", b"}", b"[", b"]",
@@ -124,6 +124,7 @@ STRUCTURED: dict[str, st.SearchStrategy[bytes]] = {
     ),
     "reward_values": anything.map(_json),
     "model_config": _replaced(GOOD_MODEL).map(_json),
+    "adapter_config": _replaced(GOOD_ADAPTER).map(_json),
     "run_folder": st.lists(_mapping(["step", "loss", "reward", "kl", "prompt"]).map(_json)).map(
         b"\n".join
     ),

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save
 
 from preftune import (
+    adapters,
     checkpoint,
     cli,
     config,
@@ -170,6 +171,21 @@ def model_config(data: bytes) -> None:
         huggingface.load_model(_beside("config.json", data), torch.float32)
 
 
+@functools.cache
+def _adapter() -> Path:
+    """An adapter's folder."""
+    from adapted import write
+
+    return Path(write(_folder / "adapter", str(_tiny())))
+
+
+def adapter_config(data: bytes) -> None:
+    """What a folder says of its adapter."""
+    (_adapter() / "adapter_config.json").write_bytes(data)
+    with contextlib.suppress(UserError):
+        adapters.load(str(_adapter()), torch.float32)
+
+
 def weight_map(data: bytes) -> None:
     """The list of a model's files."""
     folder = _beside("model.safetensors.index.json", data)
@@ -215,18 +231,19 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
     for f in (
         config_yaml, data_rows, packed_rows, manifest, safetensors, checkpoint_json, judge_reply,
-        chat_template, tokenizer_json, model_config, weight_map, reward_values, run_folder,
-        command_line,
+        chat_template, tokenizer_json, model_config, adapter_config, weight_map,
+        reward_values, run_folder, command_line,
     )
 }  # fmt: skip
 
-SLOW = {"run_folder": 10, "command_line": 10, "model_config": 5}
+SLOW = {"run_folder": 10, "command_line": 10, "model_config": 5, "adapter_config": 5}
 """How many times fewer cases these get."""
 TEMPLATE = (
     b"{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}"
     b"{% endfor %}"
 )
 GOOD_MODEL = json.loads((_tiny() / "config.json").read_bytes())
+GOOD_ADAPTER = json.loads((_adapter() / "adapter_config.json").read_bytes())
 CONFIG_KEYS = list(config.Config.model_fields)
 _ROWS = [
     b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
@@ -266,6 +283,7 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "tokenizer_json": [(_tiny() / "tokenizer.json").read_bytes(), b"{}"],
     "model_config": [json.dumps(GOOD_MODEL).encode(), b"{}", b'{"model_type": "llama"}'],
+    "adapter_config": [json.dumps(GOOD_ADAPTER).encode(), b"{}", b'{"peft_type": "LORA"}'],
     "weight_map": [
         b'{"weight_map": {"lm_head.weight": "other.safetensors"}}',
         b'{"metadata": {}, "weight_map": {"a": "../tiny/model.safetensors"}}',

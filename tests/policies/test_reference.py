@@ -171,8 +171,8 @@ def test_the_reference_samples_without_the_adapter() -> None:
     model, plain = with_lora()
     decoding = Decoding(max_new_tokens=6)
     policy = Transformer(model, end_ids=[tiny.END], decoding=decoding)
-    moved(policy)
     reference = policy.frozen_copy()
+    moved(policy)
     s = tiny.ragged()
 
     def draw(one: Transformer) -> Any:
@@ -203,14 +203,22 @@ def test_modules_saved_whole_are_off_too() -> None:
     assert float((tiny.score(policy, s).detach() - expected).abs().max()) > 1e-2
 
 
-def test_an_adapter_that_is_no_start_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    model, _ = with_lora()
-    policy = Transformer(model, end_ids=[tiny.END])
-    policy.frozen_copy()
-    assert not caplog.records
+def test_of_an_adapter_that_changes_the_model_a_copy_is_kept() -> None:
+    """The reference is the model as it is now, and what is trained stays what it was."""
+    model, _ = with_lora(modules_to_save=["lm_head"])
+    policy, s = Transformer(model, end_ids=[tiny.END]), tiny.ragged()
+    assert policy.frozen_copy().trunk.kept == ()
     moved(policy)
-    policy.frozen_copy()
-    assert "adapter: it already changes the model" in caplog.text
+    trained = [n for n, _ in policy.named_parameters()]
+    before = tiny.score(policy, s).detach()
+    reference = policy.frozen_copy()
+    assert reference.trunk.kept == ("start_default",)
+    assert [n for n, _ in policy.named_parameters()] == trained
+    assert torch.equal(tiny.score(reference, s), before)
+    moved(policy)
+    assert torch.equal(tiny.score(reference, s), before)
+    assert not torch.equal(tiny.score(policy, s), before)
+    assert torch.equal(tiny.score(reference.frozen_copy(), s), before)
 
 
 def test_an_adapter_s_reference_cannot_follow() -> None:

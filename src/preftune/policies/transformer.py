@@ -1,7 +1,6 @@
 """Any Hugging Face causal language model as a policy, with or without a value head."""
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ from preftune.samples import Samples, pad_stack
 from preftune.sampling.decoding import Decoding, Uniform
 from preftune.sampling.local import generate
 
-log = logging.getLogger("preftune")
 OUTPUTS = frozenset({"logp", "value", "collision"})
 
 
@@ -265,8 +263,8 @@ class Transformer:
     def frozen_copy(self) -> "Transformer":
         """See `Policy.frozen_copy`; it has no value head.
 
-        Of a model with an adapter it is the base model, whose weights it shares: with the adapter
-        off in every forward pass.
+        Of a model with an adapter it shares the weights: the base model's, and an earlier adapter's
+        where there is one, with the trained adapter off in every forward pass.
         """
         twin = copy.copy(self)
         twin.value_head = None
@@ -274,11 +272,6 @@ class Transformer:
             twin.trunk = self.trunk.frozen_copy()
             return twin
         twin.trunk = self.trunk.without_adapter()
-        if not torch.equal(twin.trunk.probe(), self.trunk.probe()):
-            log.warning(
-                "adapter: it already changes the model. The reference is the model without it; "
-                "merge the adapter into the weights to start from it."
-            )
         return twin
 
     @torch.no_grad()
@@ -287,7 +280,7 @@ class Transformer:
         if self.trunk.adapter_off:
             raise UserError(
                 "reference_update needs a reference with weights of its own: beside an adapter it "
-                "is the base model with the adapter off. Set reference_update to fixed."
+                "is the model with the adapter off. Set reference_update to fixed."
             )
         own, theirs = dict(self.tensors()), dict(other.tensors())
         differing = [n for n, x in own.items() if n not in theirs or theirs[n].shape != x.shape]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from preftune import adapters
 from preftune.errors import UserError
 from preftune.huggingface import accepted
 from preftune.policies.attention import NAME, register
@@ -50,13 +51,15 @@ class Trunk:
         self.model = model.eval()
         self.autocast = autocast
         self.adapter_off = False
-        """Compute with the base weights alone, though the model has an adapter (the reference)."""
+        """Compute with what the model had before training (the reference), not as it is trained."""
+        self.kept: tuple[str, ...] = ()
+        """Adapters that are on then; none is the base model alone."""
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise UserError(
                 "adapter: one that puts tokens before the prompt is not supported. Give LoRA or "
                 "another that changes the weights."
             )
-        self.compiled = False
+        self.compiled = self.narrowed = False
         self.window = share_window(model)
         self.packing = packing is not False and self._can_pack()
         if packing and not self.packing:
@@ -74,7 +77,7 @@ class Trunk:
     @property
     def has_adapter(self) -> bool:
         """The model was wrapped by peft."""
-        return hasattr(self.model, "disable_adapter")
+        return adapters.is_adapted(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +91,7 @@ class Trunk:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Under autocast, and without adapter and gradient where the adapter is off."""
+        """Under autocast; without gradient and the trained adapter where that is off."""
         enabled = self.autocast is not None
         amp = torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=enabled)
         if not self.adapter_off:
@@ -98,7 +101,7 @@ class Trunk:
         # peft takes gradients from the adapter while it is off, and then gives them to all of it
         trained = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
-            with amp, torch.no_grad(), self.model.disable_adapter():
+            with amp, torch.no_grad(), adapters.only(self.model, self.kept):
                 yield
         finally:
             for parameter, flag in trained:
@@ -152,7 +155,13 @@ class Trunk:
         )  # fmt: skip
 
     def without_adapter(self) -> "Trunk":
-        """The same weights with the adapter off."""
+        """The same weights with the trained adapter off: what the model computes now.
+
+        Adapters that are not trained stay on. Of a trained one that already changes the model, a
+        frozen copy is kept, and is on.
+        """
+        if self.adapter_off:
+            return copy.copy(self)
         bias = getattr(self.model.active_peft_config, "bias", "none")
         if bias != "none":
             raise UserError(
@@ -160,8 +169,27 @@ class Trunk:
                 "Set the adapter's bias to none."
             )
         twin = copy.copy(self)
-        twin.adapter_off = True
+        twin.adapter_off, twin.kept = True, adapters.untrained(self.model)
+        if not torch.equal(twin.probe(), self.probe()):
+            twin.kept = adapters.keep_copy(self.model)
         return twin
+
+    def _in_use(self) -> tuple[str, ...]:
+        """Names of the adapters that are on in a forward pass."""
+        if not self.has_adapter:
+            return ()
+        return self.kept if self.adapter_off else tuple(self.model.active_adapters)
+
+    def names_in_use(self) -> dict[str, str] | None:
+        """The weights that a forward pass depends on, each by its name in a model without
+        adapters; None: all, by their own names. Those of an adapter that is off are left out."""
+        if not self.has_adapter:
+            return None
+        return adapters.names_beneath(self.model, self._in_use())
+
+    def adapters_in_use(self) -> list[dict[str, Any]]:
+        """Settings of the adapters that are on: as plain data that fixes what they compute."""
+        return [adapters.described(self.model, name) for name in self._in_use()]
 
     def frozen_copy(self) -> "Trunk":
         """A copy with weights of its own, which are not trained."""
@@ -173,10 +201,15 @@ class Trunk:
 
     def narrow(self) -> None:
         """Keep the weights of products in the type in which autocast computes them: the same
-        results bit for bit, half the memory, no cast at each pass. For weights that stay."""
+        results bit for bit, half the memory, no cast at each pass. For weights that stay; those
+        of adapters are left as they are, and DoRA needs the base's whole weights for their norm."""
+        if self.autocast is None or self.has_adapter and adapters.takes_norms(self.model):
+            return
+        self.narrowed = True
         head = self.whole.get_output_embeddings()
-        for module in self.model.modules() if self.autocast is not None else ():
-            if type(module) is torch.nn.Linear and module is not head:
+        for name, module in self.model.named_modules():
+            plain = type(module) is torch.nn.Linear and module is not head and "lora_" not in name
+            if plain and not (self.has_adapter and module.weight.requires_grad):
                 module.to(self.autocast)
 
     def compile(self) -> None:
@@ -214,7 +247,8 @@ class Trunk:
             shared=shared, packed=packed, device=self.device,
         )  # fmt: skip
         exact = copy.copy(self)
-        exact.autocast = None  # its rounding would hide a wrong mask
+        if not self.narrowed:
+            exact.autocast = None  # its rounding would hide a wrong mask
         return exact.hidden(layout).to(self.wide)
 
     def _can_share(self) -> bool:
