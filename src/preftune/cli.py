@@ -24,6 +24,8 @@ HELP = """usage: preftune COMMAND [--help]
   pipeline     the papers' critical path: imitate, learn a reward, optimise it, judge by another
   reproduce    the papers' claims, run again: claim, measured, verdict
   report       one HTML page of run folders
+  import-trl   TRL's YAML or command line as a preftune config; what differs or is ignored
+  export-trl   a preftune config as YAML for TRL
   env          versions and devices, for a bug report
 """
 
@@ -96,6 +98,7 @@ def _dispatch(args: list[str]) -> int:
         "sample": _sample, "diagnose": _diagnose, "advise-study": _advise_study,
         "inspect": _inspect,
         "pipeline": _pipeline, "reproduce": _reproduce, "report": _report, "env": _env,
+        "import-trl": _import_trl, "export-trl": _export_trl,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
@@ -301,6 +304,18 @@ def _reproduce(args: list[str]) -> int:
     from preftune.cli_reproduce import reproduce
 
     return reproduce(args)
+
+
+def _import_trl(args: list[str]) -> int:
+    from preftune.cli_trl import import_trl
+
+    return import_trl(args)
+
+
+def _export_trl(args: list[str]) -> int:
+    from preftune.cli_trl import export_trl
+
+    return export_trl(args)
 
 
 def _env(args: list[str]) -> int:

@@ -18,7 +18,7 @@ _TRL_NAMES = {
     "num_iterations": "passes", "lr_scheduler_type": "lr_schedule", "logging_steps": "log_every",
     "eval_steps": "eval_every", "save_steps": "save_every", "train_dataset": "data",
     "eval_dataset": "eval_data", "reward_model_path": "reward", "max_prompt_length": "max_length",
-    "warmup_steps": "warmup_ratio", "torch_dtype": "dtype", "num_epochs": "epochs",
+    "torch_dtype": "dtype", "num_epochs": "epochs",
     "total_steps": "max_steps", "init_kl_coef": "kl", "kl_coef": "kl", "fp16": "dtype",
     "loss_type": "method", "reward_funcs": "reward", "ref_model": "reference", "bf16": "dtype",
     "resume_from_checkpoint": "resume", "optim": "optimizer", "dataset": "data",
@@ -90,6 +90,7 @@ class Config(Strict):
         "linear", description="after the warm-up"
     )
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps")
+    warmup_steps: int | None = Field(None, ge=0, description="steps, in place of warmup_ratio")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's norm")
     optimizer: Literal["adamw"] = Field("adamw", description="fused AdamW")
@@ -237,6 +238,17 @@ def check_keys(values: Mapping[Any, Any], where: str) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of settings.
+
+    Raises:
+        UserError: it cannot be read, or holds a key that is no setting.
+    """
+    values = read_mapping(path)
+    check_keys(values, f"config '{path}'")
+    return values
+
+
+def read_mapping(path: Path) -> dict[Any, Any]:
     """A YAML file that holds a mapping; tags that would run code are refused."""
     if path.is_dir():
         hint = f" Give {path / 'config.yaml'}." if (path / "config.yaml").is_file() else ""
@@ -257,7 +269,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"config '{path}': holds {kind}. Give a mapping of settings, as `method: dpo`."
         )
-    check_keys(values, f"config '{path}'")
     return values
 
 

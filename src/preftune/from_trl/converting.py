@@ -8,7 +8,7 @@ from preftune import building
 from preftune import config as configs
 from preftune.from_trl import keeping, rows, rules
 from preftune.from_trl.reading import Given, plain, unknown
-from preftune.from_trl.rules import Back, Settings, There, Theirs
+from preftune.from_trl.rules import Back, Settings, Theirs, There
 from preftune.from_trl.table import FIXED, IGNORED, MAPPED, Field, Table
 
 RULES: Mapping[str, tuple[There, Back]] = {
