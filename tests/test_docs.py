@@ -19,10 +19,11 @@ def pages() -> dict[str, str]:
         "methods.md": module.methods_page(),
         "metrics.md": module.metrics_page(),
         "rows.md": module.parts_page(),
+        "coming-from-trl.md": module.trl_page(),
     }
 
 
-@pytest.mark.parametrize("name", ["methods.md", "metrics.md", "rows.md"])
+@pytest.mark.parametrize("name", ["methods.md", "metrics.md", "rows.md", "coming-from-trl.md"])
 def test_a_page_is_what_the_code_says(name, pages):
     assert (ROOT / "docs" / name).read_text() == pages[name], "run scripts/make_docs.py"
 
