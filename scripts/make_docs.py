@@ -169,14 +169,17 @@ What TRL's trainers take runs unchanged:
 from datasets import load_dataset
 from preftune import train
 
+
 def shorter(prompts, completions, completion_ids, **kwargs):
     return [-float(len(ids)) for ids in completion_ids]
 
+
 run = train(
     {"method": "rloo", "samples_per_prompt": 4},
-    model=model, tokenizer=tokenizer,      # transformers objects, also with a PEFT adapter
+    model=model,
+    tokenizer=tokenizer,  # transformers objects, also with a PEFT adapter
     data=load_dataset("trl-lib/tldr", split="train"),
-    reward=[shorter, another],             # functions, model objects, names; reward_weights
+    reward=[shorter, another],  # functions, model objects, names; reward_weights
 )
 ```
 
