@@ -21,7 +21,8 @@ _SECTIONS = {
     ),
     "Updates": (
         "max_steps", "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "lr_schedule",
-        "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer", "reference_update",
+        "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer",
+        "reference_update",
         "max_skipped",
     ),
     "Settings of rows": (

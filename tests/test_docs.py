@@ -18,7 +18,9 @@ def pages() -> dict[str, str]:
     return {name: make() for name, make in module.PAGES.items()}
 
 
-@pytest.mark.parametrize("name", ["methods.md", "metrics.md", "rows.md", "config.md", "papers.md"])
+@pytest.mark.parametrize(
+    "name", ["methods.md", "metrics.md", "rows.md", "config.md", "papers.md", "coming-from-trl.md"]
+)
 def test_a_page_is_what_the_code_says(name, pages):
     assert (ROOT / "docs" / name).read_text() == pages[name], "run scripts/make_docs.py"
 

@@ -27,6 +27,8 @@ HELP = """usage: preftune COMMAND [--help]
   reproduce    the papers' claims, run again: claim, measured, verdict
   merge        the full model of a run with an adapter, or of a PEFT folder
   report       one HTML page of run folders
+  import-trl   TRL's YAML or command line as a preftune config; what differs or is ignored
+  export-trl   a preftune config as YAML for TRL
   env          versions and devices, for a bug report
 """
 
@@ -101,6 +103,7 @@ def _dispatch(args: list[str]) -> int:
         "inspect": _inspect,
         "pipeline": _pipeline, "reproduce": _reproduce, "report": _report,
         "merge": _merge, "env": _env,
+        "import-trl": _import_trl, "export-trl": _export_trl,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
@@ -324,6 +327,18 @@ def _reproduce(args: list[str]) -> int:
     from preftune.cli_reproduce import reproduce
 
     return reproduce(args)
+
+
+def _import_trl(args: list[str]) -> int:
+    from preftune.cli_trl import import_trl
+
+    return import_trl(args)
+
+
+def _export_trl(args: list[str]) -> int:
+    from preftune.cli_trl import export_trl
+
+    return export_trl(args)
 
 
 def _env(args: list[str]) -> int:

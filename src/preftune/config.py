@@ -19,7 +19,7 @@ _TRL_NAMES = {
     "num_iterations": "passes", "lr_scheduler_type": "lr_schedule", "logging_steps": "log_every",
     "eval_steps": "eval_every", "save_steps": "save_every", "train_dataset": "data",
     "eval_dataset": "eval_data", "reward_model_path": "reward", "max_prompt_length": "max_length",
-    "warmup_steps": "warmup_ratio", "torch_dtype": "dtype", "num_epochs": "epochs",
+    "torch_dtype": "dtype", "num_epochs": "epochs",
     "total_steps": "max_steps", "init_kl_coef": "kl", "kl_coef": "kl", "fp16": "dtype",
     "loss_type": "method", "reward_funcs": "reward", "ref_model": "reference", "bf16": "dtype",
     "resume_from_checkpoint": "resume", "optim": "optimizer", "dataset": "data",
@@ -128,6 +128,7 @@ class Config(Strict):
         "linear", description="after the warm-up"
     )
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps")
+    warmup_steps: int | None = Field(None, ge=0, description="steps, in place of warmup_ratio")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's norm")
     optimizer: Literal["adamw"] = Field("adamw", description="fused AdamW")
@@ -286,11 +287,21 @@ def check_keys(values: Iterable[Any], where: str) -> None:
 
 
 def read_yaml(path: Path, besides: Iterable[str] = ()) -> dict[str, Any]:
-    """A YAML file that holds a mapping; tags that would run code are refused.
+    """A YAML file of settings.
 
     Args:
-        besides: keys that it may hold beside settings.
+        besides: keys that it may hold beside them.
+
+    Raises:
+        UserError: it cannot be read, or holds a key that is no setting.
     """
+    values = read_mapping(path)
+    check_keys([k for k in values if k not in besides], f"config '{path}'")
+    return values
+
+
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """A YAML file that holds a mapping; tags that would run code are refused."""
     if path.is_dir():
         hint = f" Give {path / 'config.yaml'}." if (path / "config.yaml").is_file() else ""
         raise UserError(f"config '{path}': is a folder, not a YAML file.{hint}")
@@ -310,7 +321,6 @@ def read_yaml(path: Path, besides: Iterable[str] = ()) -> dict[str, Any]:
         raise UserError(
             f"config '{path}': holds {kind}. Give a mapping of settings, as `method: dpo`."
         )
-    check_keys([k for k in values if k not in besides], f"config '{path}'")
     return values
 
 

@@ -21,20 +21,35 @@ from preftune.samples import Samples
 
 
 def make_reward(given: Any, weights: list[float] | None) -> rewards.Reward | None:
-    """The reward of the settings: a name, a list of names, or a function."""
+    """The reward of the settings: a name, a function, a model, or a list of these."""
     if given is None or (isinstance(given, list) and not given):
         if weights:
             raise UserError("reward_weights: there is no reward to weigh.")
         return None
-    if callable(given) and not isinstance(given, str):
-        return rewards.Function(getattr(given, "__name__", type(given).__name__), given)
-    names = [given] if isinstance(given, str) else list(given)
-    if weights is not None and len(weights) != len(names):
-        raise UserError(f"reward_weights: {len(weights)} weights for {len(names)} rewards.")
-    parts = [rewards.make(name, _classifier) for name in names]
+    listed = list(given) if isinstance(given, list | tuple) else [given]
+    if weights is not None and len(weights) != len(listed):
+        raise UserError(f"reward_weights: {len(weights)} weights for {len(listed)} rewards.")
+    parts = [_reward(one) for one in listed]
     if len(parts) == 1 and weights is None:
         return parts[0]
     return rewards.Weighted(tuple(zip(weights or [1.0] * len(parts), parts, strict=True)))
+
+
+def _reward(given: Any) -> rewards.Reward:
+    """One reward: a name, a function, or a model with one output."""
+    if isinstance(given, str):
+        return rewards.make(given, _classifier)
+    if isinstance(given, torch.nn.Module):
+        name = getattr(given, "name_or_path", "")
+        if getattr(getattr(given, "config", None), "num_labels", None) != 1 or not name:
+            raise UserError(
+                "reward: a model object must be a sequence-classification model with one output "
+                "that was loaded from a folder or the Hub, where its tokenizer is."
+            )
+        return _scored(name, given.eval(), huggingface.load_tokenizer(name))
+    if callable(given):
+        return rewards.Function(getattr(given, "__name__", type(given).__name__), given)
+    raise UserError(f"reward: {given!r:.60} is neither a name, nor a function, nor a model.")
 
 
 def _classifier(name: str) -> rewards.Reward:
@@ -43,6 +58,11 @@ def _classifier(name: str) -> rewards.Reward:
     except UserError as error:
         message = str(error).removeprefix("model ").removeprefix("reward ")
         raise UserError(f"reward {message}") from error
+    return _scored(name, model, tokenizer)
+
+
+def _scored(name: str, model: Any, tokenizer: Any) -> rewards.Reward:
+    """A classifier's scores of rendered conversations."""
     renderer = Renderer(tokenizer, end_ids=huggingface.end_ids(model, tokenizer))
 
     def encode(prompt: Any, completion: str) -> list[int]:
@@ -73,12 +93,14 @@ def judged(samples: Samples, rows: Rows, renderer: Renderer) -> rewards.Judged:
     num_responses = samples.tokens.shape[-2]
     at = [int(r) for r in samples.row for _ in range(num_responses)]
     lengths = (samples.lengths() - samples.finished.long()).flatten().tolist()
+    whole = samples.lengths().flatten().tolist()
     tokens = samples.tokens.flatten(0, 1)
     return rewards.Judged(
         prompts=[rows.texts[i] for i in at],
         completions=[renderer.decode(t[:n].tolist()) for t, n in zip(tokens, lengths, strict=True)],
         tokens=lengths,
         columns={k: [v[i] for i in at] for k, v in rows.columns.items()},
+        ids=[t[:n].tolist() for t, n in zip(tokens, whole, strict=True)],
     )
 
 
@@ -128,6 +150,7 @@ def try_reward(reward: rewards.Reward | None, rows: Rows | None, renderer: Rende
             prompts=[rows.texts[i] for i in few],
             completions=["Yes."] * len(few),
             tokens=[len(ids) for ids in answers],
+            ids=[[*ids, renderer.end_id] for ids in answers],
             columns={k: [v[i] for i in few] for k, v in rows.columns.items()},
         ),
     )

@@ -144,7 +144,7 @@ class Measures:
             self.add("reward", samples.reward)
         for name, part in samples.extra.items():
             if name.startswith(PART):
-                self.add(name, part)
+                self.add(name, part, ~part.isnan())  # NaN: this part of the sum left it to others
         for batch in labelled:
             if batch.roles:
                 self._count_pairs(batch, "reward" in group.needs)

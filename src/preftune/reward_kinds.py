@@ -4,10 +4,12 @@ A reward takes a list of judged responses and returns one number for each. `pref
 them from names and checks what they return.
 """
 
+import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +31,8 @@ class Judged:
     """Response tokens, the end token not counted."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """Further columns of the prompt's row."""
+    ids: list[list[int]] = field(default_factory=list)
+    """Token ids, the end token included where the response is finished; empty: not known."""
 
 
 @runtime_checkable
@@ -81,18 +85,28 @@ class Function:
     label_source = "true"
 
     def __call__(self, judged: Judged) -> Any:
-        """Call it with those of prompts, completions and the data's columns that it takes.
+        """Call it with what it takes of prompts, completions, their ids and the data's columns.
 
-        Conversational prompts come with conversational completions, as in TRL.
+        As in TRL, conversational prompts come with conversational completions, and a function may
+        be a coroutine. What TRL's trainers log by, `log_extra` and `log_metric`, does nothing here.
         """
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(judged.prompts, judged.completions, strict=True)
         ]
-        given = {**judged.columns, "prompts": judged.prompts, "completions": completions}
+        given = {
+            **judged.columns, "log_extra": _unlogged, "log_metric": _unlogged,
+            "prompts": judged.prompts, "completions": completions,
+            **({"completion_ids": judged.ids} if judged.ids else {}),
+        }  # fmt: skip
         parameters = inspect.signature(self.function).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         missing = [n for n, p in parameters.items() if _required(p) and n not in given]
+        if missing == ["trainer_state"]:
+            raise UserError(
+                f"reward '{self.name}' takes trainer_state: here a reward does not know the step, "
+                "so that the same response has the same reward. Leave the argument out."
+            )
         if missing:
             raise UserError(
                 f"reward '{self.name}' takes the column '{missing[0]}', which the data do not have "
@@ -100,11 +114,22 @@ class Function:
                 f"{nearest(missing[0], given)}"
             )
         try:
-            return self.function(
+            found = self.function(
                 **{n: v for n, v in given.items() if open_ended or n in parameters}
             )
+            return _awaited(found) if inspect.iscoroutine(found) else found
         except (Exception, SystemExit) as error:  # sys.exit() there must not end the run as done
             raise UserError(f"reward '{self.name}' raised {raised(error)}.") from error
+
+
+def _unlogged(*_: Any, **__: Any) -> None:
+    """Stands for TRL's log_extra and log_metric: metrics.jsonl has names of its own."""
+
+
+def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns, also where an event loop runs already, as in a notebook."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 def _required(parameter: inspect.Parameter) -> bool:
@@ -176,13 +201,27 @@ class Weighted:
         return found.pop() if len(found) == 1 else "rm_other"
 
     def each(self, judged: Judged) -> list[list[float]]:
-        """Each part's rewards, before the weights; each is checked by itself."""
-        return [judge(r, judged) for _, r in self.parts]
+        """Each part's rewards, before the weights; each is checked by itself.
+
+        NaN where a part returned None, which leaves the response to the others.
+
+        Raises:
+            UserError: a response that no part judges.
+        """
+        columns = [judge(r, judged, may_pass=True) for _, r in self.parts]
+        for place, row in enumerate(zip(*columns, strict=True)):
+            if all(map(math.isnan, row)):
+                raise UserError(
+                    f"reward: no function of {self.name} judges response {place} "
+                    f"({judged.completions[place]!r:.60}): each returned None. "
+                    "Let one return a number."
+                )
+        return columns
 
     def total(self, columns: Sequence[Sequence[float]]) -> list[float]:
-        """The weighted sum of what `each` gave."""
+        """The weighted sum of what `each` gave, over the parts that judged."""
         return [
-            sum(w * x for (w, _), x in zip(self.parts, row, strict=True))
+            sum(w * x for (w, _), x in zip(self.parts, row, strict=True) if not math.isnan(x))
             for row in zip(*columns, strict=True)
         ]
 
@@ -227,8 +266,11 @@ def _spread(scores: Tensor) -> Tensor:
     return scores.std(0) if len(scores) > 1 else torch.zeros_like(scores[0])
 
 
-def judge(reward: Reward, judged: Judged) -> list[float]:
+def judge(reward: Reward, judged: Judged, *, may_pass: bool = False) -> list[float]:
     """The rewards, checked.
+
+    Args:
+        may_pass: None for a response leaves it to other rewards, and is NaN here.
 
     Raises:
         UserError: not one finite number a response.
@@ -245,7 +287,10 @@ def judge(reward: Reward, judged: Judged) -> list[float]:
         raise UserError(
             f"{wanted}, in order: {len(found)} for {len(judged.completions)} responses."
         )
-    return [_number(reward, judged, i, x) for i, x in enumerate(found)]
+    return [
+        math.nan if x is None and may_pass else _number(reward, judged, i, x)
+        for i, x in enumerate(found)
+    ]
 
 
 def _shown(value: Any) -> str:

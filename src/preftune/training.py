@@ -88,7 +88,8 @@ def train(
         config: a Config, a mapping of settings, or the path of a YAML file.
         model, tokenizer: objects in place of `model`.
         data: a list of rows or a data set in place of `data`.
-        reward: a function `(prompts, completions, **columns) -> list[float]` in place of `reward`.
+        reward: in place of `reward`: a function `(prompts, completions, **columns) -> list[float]`
+            as TRL's trainers take it, a sequence-classification model, or a list of these.
         callbacks: called with an `Event` as the run goes on.
         overrides: dotted paths below `terms` to values (the command line's --set).
     Raises:
