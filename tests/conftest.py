@@ -10,6 +10,17 @@ import torch
 from byte_model import save_tiny_model
 
 
+@pytest.fixture(autouse=True)
+def types(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every call is checked against its annotations, shapes among them, but in tests marked `long`:
+    that costs small models up to three quarters of their time, and others go the same ways."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", bool(request.node.get_closest_marker("long")))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def make_tiny_model() -> Callable[..., str]:
     """`save_tiny_model`, for models of a test's own."""

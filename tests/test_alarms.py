@@ -29,6 +29,8 @@ from preftune.signs import ALARMS, View
 from preftune.training import Event
 from tables import make_world, row_of
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:

@@ -18,6 +18,7 @@ def test_twenty_steps_of_every_row(name, scale):
     assert curve(name, scale) == pytest.approx(GOLDEN[scale][name], abs=1e-8, rel=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", methods.table())
 def test_micro_batches_change_nothing(name):
     """One prompt a forward pass; over four epochs and, of rows with two passes, four rounds."""

@@ -19,6 +19,8 @@ from preftune.sources import OnPolicy, Pool, Reference
 from preftune.terms import Term
 from tables import Table, f64, make_world, row_of
 
+pytestmark = pytest.mark.long
+
 TARGET = 0.3
 
 

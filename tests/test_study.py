@@ -22,6 +22,8 @@ from preftune.reproduce import rows
 from preftune.study import Cell, Study, advance, curves
 from preftune.terms import Times
 
+pytestmark = pytest.mark.long
+
 SEEDS = (3, 11, 4, 900, 27)
 
 

@@ -61,6 +61,7 @@ def ask_to_end(event: Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ROWS)
 def test_a_run_stopped_at_every_step_ends_with_the_same_weights_bit_for_bit(
     method, tiny_model, pairs_file, tmp_path

@@ -20,6 +20,8 @@ from preftune.samples import REFERENCE
 from preftune.study import Cell, advance, curves
 from preftune.theory.closed_form import kl, tilted
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

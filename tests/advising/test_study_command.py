@@ -7,6 +7,8 @@ import pytest
 
 from preftune import cli
 
+pytestmark = pytest.mark.long
+
 
 def shrunk(folder: Path) -> None:
     """Budgets for a few updates, so that a test is quick."""

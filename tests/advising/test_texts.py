@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from preftune import loop
+from preftune import counting, loop
 from preftune.advising import (
     candidates,
-    costs,
     drawing,
     files,
     looking,
@@ -234,7 +233,7 @@ def test_a_run_starts_at_the_reference(expert: TextProblem) -> None:
     assert found["win"] == pytest.approx(0.5, abs=0.1)
     spread = many.var(-1).mean().sqrt()
     assert found["proxy_spread"] == pytest.approx(float(spread), rel=0.3)
-    assert [found[n] for n in costs.COUNTS] == [0.0, 0.0, 0.0]
+    assert [found[n] for n in counting.COUNTS] == [0.0, 0.0, 0.0]
 
 
 def test_the_value_is_reward_less_beta_kl(expert: TextProblem) -> None:
@@ -282,8 +281,8 @@ def test_what_an_update_takes(expert, row, trained, drawn_, judged) -> None:
     run = started(expert, row)
     for _ in range(2):
         loop.update(run, SETTINGS, measure=False)
-    found = costs.counts(run)
-    assert [found[name] / 2 for name in costs.COUNTS] == [trained, drawn_, judged]
+    found = counting.counts(run)
+    assert [found[name] / 2 for name in counting.COUNTS] == [trained, drawn_, judged]
 
 
 def test_an_experts_words_are_learnt(expert: TextProblem) -> None:

@@ -236,7 +236,13 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     )
 }  # fmt: skip
 
-SLOW = {"run_folder": 10, "command_line": 10, "model_config": 5, "adapter_config": 5}
+SLOW = {
+    "chat_template": 4,
+    "run_folder": 10,
+    "command_line": 10,
+    "model_config": 5,
+    "adapter_config": 5,
+}
 """How many times fewer cases these get."""
 TEMPLATE = (
     b"{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}"

@@ -20,6 +20,8 @@ from preftune.study import Problem, one_thread
 from preftune.theory.closed_form import kl, tilted
 from preftune.theory.linear_reward import fit_linear_reward
 
+pytestmark = pytest.mark.long
+
 SEEDS = (4, 9)
 
 

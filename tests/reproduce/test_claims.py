@@ -25,6 +25,8 @@ from preftune.reproduce.claims import (
     verdicts,
 )
 
+pytestmark = pytest.mark.long
+
 IDS = """e1-bofn-r1 e1-bofn-r2 e1-ppo e1-rwr e2-t2 e2-large-t e2-ppo-tolerates e3-r1 e3-r2 e3-speed
 e4-few e4-many e4-margin e7-complement m2-isolated m2-displaced-mass m3-cases m3-bimodal
 m3-reuse-limit first-1 first-2 first-3 open-2 check-3 c1-prop41 c2-kl-bound c3-global-suffices

@@ -232,6 +232,7 @@ def test_every_problem_can_be_made(where: Path, problem: str) -> None:
     assert made.held_out.read_text().count("\n") == len(made.task.held_out)
 
 
+@pytest.mark.long
 def test_the_command(where: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def little_claim(name: str) -> Claim:
         claim = CLAIMS[f"{name}-synthetic"]

@@ -11,6 +11,8 @@ from torch import Tensor
 from preftune.theory import coverage, proposition
 from preftune.theory.closed_form import kl
 
+pytestmark = pytest.mark.long
+
 BATCH = 200
 many = settings(max_examples=20, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
