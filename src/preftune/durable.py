@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 _UNFINISHED = ".tmp-"
@@ -39,6 +40,12 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
         errors: as `open` has it, of characters that UTF-8 has no bytes for.
     """
     write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write a file of JSON lines atomically; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -36,6 +36,8 @@ class Settings:
     """One, or one a run of a study."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = 0.1
+    warmup_steps: int | None = None
+    """In place of the ratio."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     log_every: int = 1
@@ -55,6 +57,8 @@ class Hooks:
     evaluate: Callable[[int], Metrics] | None = None
     save: Callable[["State"], None] | None = None
     alarm: Callable[[alarms.Fired], None] = lambda fired: None
+    after: Callable[["State"], None] = lambda state: None
+    """After each step and what follows it."""
     stop: Callable[[], bool] = lambda: False
     """Asked after each step: end here, with everything in order for a checkpoint."""
 
@@ -99,6 +103,8 @@ def start(method: Method, world: World, settings: Settings) -> State:
 def rate_factor(settings: Settings, step: int) -> float:
     """Of the learning rate in update `step` (from 0): linear warm-up, then the schedule to 0."""
     warmup = math.ceil(settings.warmup_ratio * settings.max_steps)
+    if settings.warmup_steps is not None:
+        warmup = min(settings.warmup_steps, settings.max_steps)
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, settings.max_steps - warmup)
@@ -279,6 +285,7 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
             run.plateau = run.plateau.after(run.pending.get("reward"))
             _sound_alarms(run, hooks, alarms.after_update(run.watch, run.step, run.pending))
         _after(run, settings, hooks, run.pending)
+        hooks.after(run)
         if hooks.stop():
             return
 

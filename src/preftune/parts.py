@@ -1,6 +1,5 @@
 """What a run is made of, loaded and checked before anything is written but refused rows."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,7 +328,8 @@ def make_settings(parts: Parts) -> loop.Settings:
         max_steps=steps,
         learning_rate=config.learning_rate or _rate(parts),
         lr_schedule=config.lr_schedule,
-        warmup_ratio=warmup_share(config, steps),
+        warmup_ratio=config.warmup_ratio,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         log_every=config.log_every,
@@ -345,17 +345,6 @@ def _rate(parts: Parts) -> float:
     directions, and start from nothing."""
     rate = parts.method.defaults.get("learning_rate", 1e-6)
     return 10 * rate if parts.model.trunk.has_adapter else rate
-
-
-def warmup_share(config: Config, steps: int) -> float:
-    """Share of the steps that the warm-up takes; of `warmup_steps` the one that gives so many."""
-    if config.warmup_steps is None:
-        return config.warmup_ratio
-    wanted = min(config.warmup_steps, steps)
-    share = wanted / steps
-    while math.ceil(share * steps) > wanted:  # 3 / 22 x 22 may lie above 3
-        share = math.nextafter(share, 0)
-    return share
 
 
 def keeps_reference(parts: Parts) -> bool:

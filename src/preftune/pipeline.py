@@ -4,7 +4,7 @@ preferences, optimise it by several rows, judge them by a reward learned from th
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -133,22 +133,16 @@ def _halves(given: Mapping[str, Any], folder: Path, seed: int) -> Halves:
             f"rewards from. Give at least {2 * LEAST} pairs of as many prompts."
         )
     for name, own in {**rows, "held_out": held_out}.items():
-        path = getattr(found, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(path, "".join(json.dumps(row) + "\n" for row in own))
+        durable.write_rows(getattr(found, name), own)
     return found
 
 
 def _rows(source: str, want: str) -> list[dict[str, Any]]:
     """Rows of a file, those that cannot be used left out."""
-    out = []
-    for example in load_examples(source, want=want).examples:
-        row: dict[str, Any] = {"prompt": example.prompt}
-        sides = zip(("chosen", "rejected"), example.responses, example.finished, strict=False)
-        for side, text, done in sides if want == "pairs" else ():
-            row |= {side: text} | ({} if done else {f"{side}_finished": False})
-        out.append(row)
-    return out
+    examples = load_examples(source, want=want).examples
+    if want == "prompts":
+        return [{"prompt": example.prompt} for example in examples]
+    return [replace(example, columns={}).as_row() for example in examples]
 
 
 def evaluations(output: Path) -> dict[str, dict[str, Any]]:

@@ -179,7 +179,8 @@ def execute(
             evaluate=evaluate,
             save=lambda s: _save(s, folder, tell),
             alarm=lambda fired: _alarm(fired, folder, tell),
-            stop=lambda: _asked(signals, watch, state),
+            after=watch,
+            stop=lambda: signals.asked is not None,
         )
         tell("start", step=state.step, total=settings.max_steps, message=parts.method.name)
         try:
@@ -196,11 +197,6 @@ def execute(
     _take_best(state, folder, tell)
     if keep_model:
         _save_model(parts, folder)
-
-
-def _asked(signals: Signals, watch: Callable[[loop.State], None], state: loop.State) -> bool:
-    watch(state)
-    return signals.asked is not None
 
 
 def keep_answers(parts: Parts, folder: RunFolder) -> None:

@@ -150,8 +150,7 @@ def plain(problem: TextProblem) -> dict[str, Any]:
 def save(problem: TextProblem) -> Path:
     """Write NAME.json, and its pairs beside it in pairs/NAME.jsonl."""
     path, pairs = (problem.folder / n for n in (f"{problem.name}.json", _pairs_of(problem.name)))
-    pairs.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(pairs, "".join(json.dumps(row) + "\n" for row in problem.pairs))
+    durable.write_rows(pairs, problem.pairs)
     held = plain(problem) | {"pairs": _pairs_of(problem.name)}
     durable.write_text(path, json.dumps(held, separators=(",", ":")) + "\n")
     return path

@@ -2,10 +2,10 @@
 
 import heapq
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from preftune.diagnosis.cost import duration
 from preftune.errors import UserError
 
 FACTOR = 3.0
@@ -41,10 +41,10 @@ def parse_time(text: str, flag: str = "--budget") -> float:
     Raises:
         UserError: it is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
-    if match is None or float(match[1]) <= 0:
+    seconds = duration(text)
+    if seconds <= 0 or not text.rstrip()[-1].isalpha():  # the unit is not left to be guessed
         raise UserError(f"{flag} '{text}': is no time. Give seconds, minutes or hours: 90s, 10m.")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    return seconds
 
 
 def in_words(seconds: float) -> str:

@@ -9,11 +9,11 @@ import numpy as np
 
 from preftune.comparing import statistics, wording
 from preftune.comparing.job import read, result_of
+from preftune.counting import COUNTS
 from preftune.report.read import best_of_kl
 
 Result = Mapping[str, Any]
 FIGURES = ("reward", "gold", "kl", "length", "entropy", "no_end")
-COUNTS = ("trained", "drawn", "judged")
 SHOWN = ("response", "reward", "tokens", "finished")
 TEXTS = 8
 """Held-out prompts whose answers are shown."""

@@ -30,11 +30,16 @@ def seconds(budget: str) -> float:
     Raises:
         UserError: it is none of these.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", budget)
-    value = float(found[1]) * _UNITS.get(found[2] or "s", 1.0) if found else 0.0
+    value = duration(budget)
     if value <= 0:
         raise UserError(f"budget '{budget}': give a time, as 90s, 10m or 1h.")
     return value
+
+
+def duration(text: str) -> float:
+    """Seconds of a time with or without a unit; 0 where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    return float(found[1]) * _UNITS[found[2] or "s"] if found else 0.0
 
 
 def left(budget: float, spent: float) -> float:

@@ -9,7 +9,6 @@ from. A line is one write, on the disk before the page hears of it.
 import json
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,9 +148,15 @@ class Book:
             raise OSError(28, os.strerror(28), str(path))
 
     def _replay(self) -> None:
-        for number, row in enumerate(self._lines(), 1):
+        """Take the journal's lines; one that a crash cut off at the end is taken away."""
+        self.journal.touch()
+        text = self.journal.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            durable.write_bytes(self.journal, whole)
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
-                self._take(row)
+                self._take(dict(json.loads(line)))
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"'{self.journal}', line {number}: {error!r}. It is damaged; move both files "
@@ -173,23 +178,3 @@ class Book:
             del self.judged[row["pair"], row["annotator"]]
         else:
             raise ValueError(f"kind {kind!r}")
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """The journal's lines; one that a crash cut off at the end is taken away."""
-        if not self.journal.exists():
-            self.journal.touch()
-        text = self.journal.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            durable.write_bytes(self.journal, whole)
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"'{self.journal}', line {number}: no JSON object. It is damaged; move both "
-                    "files away, and start anew."
-                )
-            yield row

@@ -15,19 +15,10 @@ import numpy as np
 
 from preftune.problems import length, small_models
 from preftune.problems.preferences import Task
+from preftune.problems.sentences import NOUNS, STARTS, TONES, VERBS
 from preftune.problems.small_models import Shape
 
-NOUNS = {
-    "sea": ("ship", "wave", "fish", "sail"), "farm": ("cow", "barn", "field", "hen"),
-    "town": ("street", "shop", "tower", "crowd"), "king": ("crown", "sword", "queen", "throne"),
-    "sky": ("star", "moon", "cloud", "bird"), "meal": ("bread", "soup", "plum", "cake"),
-    "game": ("ball", "goal", "team", "score"), "road": ("cart", "bridge", "inn", "mile"),
-}  # fmt: skip
-GOOD = ("bright", "kind", "sweet", "fine")
-BAD = ("dark", "cruel", "sour", "grey")
-PLAIN = ("old", "small", "long", "round")
-STARTS = ("the", "a", "one", "this")
-VERBS = ("falls", "grows", "rests", "runs", "sings", "waits")
+GOOD, BAD, PLAIN = (TONES[name] for name in ("glad", "grim", "even"))
 ENDS = (".", "!")
 
 

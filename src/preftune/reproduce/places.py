@@ -132,7 +132,7 @@ def _rows(path: Path, make: Callable[[], list[dict[str, Any]]]) -> None:
     """A file of rows, made once."""
     with FileLock(_lock(path)):
         if not path.is_file():
-            durable.write_text(path, "".join(json.dumps(row) + "\n" for row in make()))
+            durable.write_rows(path, make())
 
 
 def _learned(task: Task, judge: Judge, pairs: Path, place: Path, seed: int) -> str:
