@@ -59,6 +59,10 @@ def test_frontiers_by_hand() -> None:
     assert more.item() == pytest.approx(1.5 * beyond.item())
     apart = frontiers.kl_at_equal_reward(kl, -reward, other_kl, -other)
     assert apart.isfinite().all(), "nobody rises above the reference"
+    start, end = -7.9, -1.3
+    assert start + (end - start) > end, "a place computed so is beyond every checkpoint"
+    least = f64([0, 1], [0, 2]), f64([start, end], [start, end])
+    assert frontiers.kl_at_equal_reward(*least, *least).tolist() == [0, 0]
 
 
 def test_rank_correlation_by_hand() -> None:

@@ -82,7 +82,7 @@ def reward_at_equal_kl(
 ) -> Float[Tensor, " S"]:  # fmt: skip
     """What the best checkpoint within a KL has more of, mean over KLs that both families reach."""
     end = torch.minimum(kl.amax(-1), other_kl.amax(-1)).clamp_min(STARTS)
-    places = STARTS + (end - STARTS)[:, None] * torch.linspace(0, 1, PLACES).double()
+    places = _between(torch.full_like(end, STARTS), end)
 
     def best(k: Tensor, r: Tensor) -> Tensor:
         within = k[:, None, :] <= places[:, :, None]
@@ -99,13 +99,21 @@ def kl_at_equal_reward(
     from the reference's (at KL 0) to the highest that both families reach."""
     start = torch.where(kl <= 0, reward, torch.inf).amin(-1)
     end = torch.maximum(torch.minimum(reward.amax(-1), other_reward.amax(-1)), start)
-    places = start[:, None] + (end - start)[:, None] * torch.linspace(0, 1, PLACES).double()
+    places = _between(start, end)
 
     def least(k: Tensor, r: Tensor) -> Tensor:
         reached = r[:, None, :] >= places[:, :, None]
         return torch.where(reached, k[:, None, :], torch.inf).amin(-1)
 
     return (least(kl, reward) - least(other_kl, other_reward)).mean(-1)
+
+
+def _between(start: Float[Tensor, " S"], end: Float[Tensor, " S"]) -> Float[Tensor, "S N"]:
+    """Places from `start` to `end`, whose ends are these very numbers: a checkpoint lies on them,
+    and a rounding beyond it would find none."""
+    places = start[:, None] + (end - start)[:, None] * torch.linspace(0, 1, PLACES).double()
+    places[:, 0], places[:, -1] = start, end
+    return places
 
 
 def _figure(claim: Claim, runs: Runs) -> Any:
