@@ -40,6 +40,7 @@ test: $(STAMP)  ## the tests, in minutes
 	$(TEST)
 
 test-slow: $(STAMP)  ## the tests that train or sample the default model, build wheels, drive a browser
+	$(BIN)/python -m pip install -q -c constraints.txt wandb trackio mlflow-skinny
 	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## ruff, pyright and the order of the layers

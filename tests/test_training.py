@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from preftune import methods, train
 from preftune.errors import GuardStop, Saved, UserError
+from preftune.events import Event
 from preftune.huggingface import load_tokenizer
 from preftune.resuming import resumed
-from preftune.training import Event
 
 ROWS = list(methods.table())
 

@@ -30,6 +30,7 @@ HELP = """usage: preftune COMMAND [--help]
   import-trl   TRL's YAML or command line as a preftune config; what differs or is ignored
   export-trl   a preftune config as YAML for TRL
   env          versions and devices, for a bug report
+  completion   what bash, zsh or fish offers after preftune: source <(preftune completion bash)
 """
 
 
@@ -94,8 +95,8 @@ def _fault() -> int:
     return 1
 
 
-def _dispatch(args: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {
+def _commands() -> dict[str, Callable[[list[str]], int]]:
+    return {
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
         "sample": _sample, "label": _label, "diagnose": _diagnose, "advise-study": _advise_study,
@@ -103,8 +104,12 @@ def _dispatch(args: list[str]) -> int:
         "inspect": _inspect,
         "pipeline": _pipeline, "reproduce": _reproduce, "report": _report,
         "merge": _merge, "env": _env,
-        "import-trl": _import_trl, "export-trl": _export_trl,
+        "import-trl": _import_trl, "export-trl": _export_trl, "completion": _completion,
     }  # fmt: skip
+
+
+def _dispatch(args: list[str]) -> int:
+    commands = _commands()
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
@@ -354,4 +359,25 @@ def _env(args: list[str]) -> int:
         **facts["versions"],
     }.items():
         print(f"{name:14} {value if value not in (None, []) else 'none'}")
+    return 0
+
+
+def _completion(args: list[str]) -> int:
+    import tyro
+
+    from preftune import completion, flags
+
+    _, own = flags.parse(
+        "completion",
+        "What a shell reads to complete preftune: source <(preftune completion bash).",
+        (),
+        args,
+        [("shell", tyro.conf.Positional[tuple[str, ...]], (), "bash, zsh or fish")],
+    )
+    if len(own["shell"]) != 1 or own["shell"][0] not in completion.SHELLS:
+        raise UserError(f"completion: name one shell: {', '.join(completion.SHELLS)}.")
+    from preftune import methods
+
+    found = completion.offered(_commands(), list(methods.table()))
+    print(completion.script(own["shell"][0], found), end="")
     return 0

@@ -26,8 +26,11 @@ _TRL_NAMES = {
     "steps": "max_steps", "peft_config": "adapter", "use_peft": "adapter", "lora_r": "adapter",
     "lora_alpha": "adapter", "lora_target_modules": "adapter", "load_in_4bit": "adapter",
     "load_in_8bit": "adapter", "use_dora": "adapter", "use_rslora": "adapter", "r": "rank",
-    "lora_dropout": "adapter",
+    "lora_dropout": "adapter", "report_to": "trackers", "log_with": "trackers",
 }  # fmt: skip
+
+
+TRACKERS = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class Strict(BaseModel):
@@ -225,6 +228,9 @@ class Config(Strict):
         None, ge=1, description="steps between evaluations; default: at the end"
     )
     log_every: int = Field(1, ge=1, description="steps between rows of metrics.jsonl")
+    trackers: list[TRACKERS] | None = Field(
+        None, description="where metrics are sent besides: tensorboard, wandb, trackio, mlflow"
+    )
     resume: bool = Field(False, description="go on with the run in output")
 
     @field_validator("adapter", mode="before")

@@ -36,7 +36,7 @@ COMPARE = tuple(
     name for name in Config.model_fields
     if name not in {
         "method", "terms", "eval_fraction", "max_steps", "epochs", "judge", "retention", "best_by",
-        "eval_every", "save_every", "log_every", "optimizer",
+        "eval_every", "save_every", "log_every", "trackers", "optimizer",
     }
 )  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)
@@ -123,9 +123,9 @@ def _kind(name: str, annotation: Any) -> tuple[Any, str]:
     """What a setting is read as, and what stands for its value in --help: choices, or a type."""
     if name == "method":
         return str | None, "NAME"
-    if name in ("reward", "reward_weights", "stop"):
+    if name in ("reward", "reward_weights", "stop", "trackers"):
         plain = "FLOAT" if name == "reward_weights" else "STR"
-        return tuple[str, ...] | None, f"{plain} ..."
+        return tuple[str, ...] | None, f"{plain if name != 'trackers' else 'NAME'} ..."
     if name == "adapter":
         kinds = typing.get_args(Adapter.model_fields["kind"].annotation)
         return str | None, "{" + ",".join(kinds) + "}"

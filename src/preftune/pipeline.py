@@ -13,6 +13,7 @@ from preftune import durable, training
 from preftune.config import Config
 from preftune.data import load_examples
 from preftune.errors import UserError
+from preftune.events import Callback
 from preftune.numerics import permutation, stream_key
 from preftune.report import write_report
 from preftune.runs import RunFolder
@@ -44,7 +45,7 @@ def run(
     output: Path,
     *,
     say: Say = lambda text: None,
-    follow: training.Callback = lambda event: None,
+    follow: Callback = lambda event: None,
 ) -> Path:
     """All of it, or what is missing of it.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from preftune.training import Event
+from preftune.events import Event
 
 _SHOWN = (
     ("loss", ".4f"),

@@ -16,6 +16,7 @@ from preftune.diagnosis import opening
 from preftune.diagnosis.job import Diagnosis
 from preftune.errors import UserError
 from preftune.evaluate import Answers, figures
+from preftune.events import teller
 from preftune.huggingface import DEFAULT_MODEL
 from preftune.numerics import permutation, stream_key
 from preftune.parts import Parts, make_settings, prepare, resolved_config
@@ -153,7 +154,7 @@ def _method(
         folder.append("samples.jsonl", held_out.sample_rows(parts, answers, step))
         return held_out.eval_metrics(figures(answers.first(CURVE_PROMPTS), few))
 
-    training.execute(parts, settings, folder, evaluate=evaluate, tell=training.teller([bar]))
+    training.execute(parts, settings, folder, evaluate=evaluate, tell=teller([bar]))
     seconds = time.perf_counter() - began
     folder.write_json(
         "evaluation.json", {**result, "seconds": {"value": seconds, "low": None, "high": None}}

@@ -4,7 +4,7 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,19 @@ from preftune import (
     fingerprint,
     held_out,
     loop,
+    model_card,
     reference_cache,
     resuming,
     reward_evaluation,
     rewards,
+    trackers,
 )
 from preftune import config as configs
 from preftune.adapter_saving import save_model
 from preftune.alarms import Fired
 from preftune.config import Config
 from preftune.errors import GuardStop, Saved, UserError
+from preftune.events import Callback, Tell, teller
 from preftune.parts import (
     Parts,
     blocks_are,
@@ -41,23 +44,6 @@ from preftune.reward_model import RewardModel
 from preftune.rounds import World
 from preftune.runs import JUDGED, RunFolder
 from preftune.signals import Signals
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What a callback is told."""
-
-    kind: str
-    """note, stage (work before the first update), start, step, save, end or interrupted."""
-    step: int = 0
-    total: int = 0
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    message: str = ""
-
-
-Callback = Callable[[Event], None]
-Tell = Callable[..., None]
-"""tell(kind, **fields of Event)."""
 
 
 @dataclass(kw_only=True)
@@ -100,18 +86,20 @@ def train(
     if config.resume and config.output is None:
         raise UserError("resume: give the run's folder with --output.")
     with ExitStack() as held:
-        return _train(config, held, teller(callbacks), overrides, model, tokenizer, data, reward)
+        return _train(config, held, callbacks, overrides, model, tokenizer, data, reward)
 
 
 def _train(
-    config: Config, held: ExitStack, tell: Tell, overrides: Mapping[str, Any] | None,
-    model: Any, tokenizer: Any, data: Any, reward: Any,
+    config: Config, held: ExitStack, callbacks: Sequence[Callback],
+    overrides: Mapping[str, Any] | None, model: Any, tokenizer: Any, data: Any, reward: Any,
 ) -> Run:  # fmt: skip
     """`train`; what is held is let go of afterwards."""
+    tell = teller(callbacks)
     if config.output is not None and config.resume and Path(config.output).is_dir():
         held.enter_context(RunFolder.held(Path(config.output)))
     elif config.output is not None:
         RunFolder.check_free(Path(config.output))
+    trackers.check(config.trackers or ())
     parts = prepare(
         config, model=model, tokenizer=tokenizer, data=data, reward=reward, overrides=overrides
     )
@@ -122,6 +110,9 @@ def _train(
         held.enter_context(RunFolder.held(parts.output))
         RunFolder.check_free(parts.output)
     folder = resuming.open_folder(parts, resolved_config(parts, settings))
+    if config.trackers:
+        follow = trackers.following(config.trackers, folder, folder.read_config())
+        tell = teller((*callbacks, held.enter_context(follow)))
     keep_answers(parts, folder)
     evaluate = None
     if parts.held_out is not None:
@@ -133,16 +124,6 @@ def _train(
     return Run(
         folder=folder.path, metrics=folder.read("metrics.jsonl"), policy=parts.model, parts=parts
     )
-
-
-def teller(callbacks: Sequence[Callback]) -> Tell:
-    """Tell every callback."""
-
-    def tell(kind: str, **details: Any) -> None:
-        for callback in callbacks:
-            callback(Event(kind=kind, **details))
-
-    return tell
 
 
 def execute(
@@ -302,6 +283,7 @@ def _save_model(parts: Parts, folder: RunFolder) -> None:
         if parts.model.controls is not None:
             tokenizer = building.asking_for_good(tokenizer)
         save_model(parts.model.model, tokenizer, work, parts.model.value_head)
+    durable.write_text(work / "README.md", model_card.text(parts, folder))
     shutil.rmtree(folder.path / "model", ignore_errors=True)
     durable.reach("model")
     work.rename(folder.path / "model")

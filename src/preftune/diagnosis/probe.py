@@ -24,6 +24,7 @@ from preftune.diagnosis import cost, measure
 from preftune.diagnosis.measure import Job, Surveyed
 from preftune.diagnosis.pieces import Pieces
 from preftune.errors import Saved, UserError
+from preftune.events import Event
 from preftune.policies.transformer import Transformer
 
 EPOCHS = 3
@@ -118,7 +119,7 @@ class Probe:
         """
         shown = self.tick("probe")
 
-        def follow(event: training.Event) -> None:
+        def follow(event: Event) -> None:
             if event.kind == "step":
                 shown(event.step, event.total)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from preftune import building
 from preftune import config as configs
-from preftune.from_trl import keeping, rows, rules
+from preftune.from_trl import adapting, keeping, rows, rules
 from preftune.from_trl.reading import Given, plain, unknown
 from preftune.from_trl.rules import Back, Settings, Theirs, There
 from preftune.from_trl.table import FIXED, IGNORED, MAPPED, Field, Table
@@ -31,6 +31,8 @@ RULES: Mapping[str, tuple[There, Back]] = {
     "device": (keeping.device_there, keeping.device_back),
     "recompute": (keeping.recompute_there, lambda ours: {}),
     "reference_cache": (keeping.cache_there, keeping.cache_back),
+    "adapter": (adapting.adapter_there, adapting.adapter_back),
+    "trackers": (adapting.trackers_there, adapting.trackers_back),
     "row": (rows.there, lambda ours: dict(ours.bound)),
 }
 ORDER = ("method", "model", "data", "reward", "output")
