@@ -43,11 +43,12 @@ test-slow: $(STAMP)  ## the tests that train or sample the default model, build 
 	$(BIN)/python -m pip install -q -c constraints.txt wandb trackio mlflow-skinny
 	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m slow
 
-lint: $(STAMP)  ## ruff, pyright and the order of the layers
+lint: $(STAMP)  ## ruff, pyright, the order of the layers, the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -d build/site
 
 docs: $(STAMP)  ## the documentation, into site/
 	@if [ -f scripts/make_docs.py ]; then $(BIN)/python scripts/make_docs.py; fi

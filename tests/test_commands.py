@@ -1,0 +1,104 @@
+"""Every command of README and docs, run as it stands there.
+
+`smollm2-135m` is the tiny model of the tests under that name; sizes that take hours are made small
+(`SMALLER`), and what nothing makes small is only read (`READ`).
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from preftune import cli
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+SMALLER = {
+    r"--budget \w+": "--budget 30s",
+    r"--draw 216": "--draw 6",
+    r"--texts 20": "--texts 0",
+    r"--probe-steps 40": "--probe-steps 2",
+    r"/its/new/place": "smollm2-135m",
+}
+READ = {
+    "reproduce": "hours of claims; with --list its flags and names are read",
+    "label": "a server that people end; tests/labelling drives it",
+    "quickstart": "tests/test_quickstart.py runs it",
+    "pipeline": "tests/test_pipeline.py runs it",
+}
+SETTINGS = {"method": "dpo", "data": "pairs.jsonl", "max_steps": 2, "batch_size": 2}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of its blocks that begin with preftune, with what goes on behind a backslash."""
+    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", page.read_text(), re.S | re.M)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip().removeprefix("$ ") for line in lines if _is_command(line)]
+
+
+def _is_command(line: str) -> bool:
+    return bool(re.match(r"\s*(\$ )?preftune [a-z]", line))
+
+
+def smaller(line: str) -> list[str]:
+    """Arguments of a command that takes seconds."""
+    for long, short in SMALLER.items():
+        line = re.sub(long, short, line)
+    arguments = shlex.split(line, comments=True)[1:]
+    if arguments[0] == "train" and "--resume" not in arguments:
+        arguments += ["--max-steps", "2", "--batch-size", "2"]
+    if arguments[0] == "compare":
+        arguments += ["--batch-size", "2", "--max-new-tokens", "8"]
+    return arguments + (["--list"] if arguments[0] == "reproduce" else [])
+
+
+@pytest.fixture
+def place(here: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages take for granted."""
+    models = here / "cache" / "models"
+    models.mkdir(parents=True)
+    (models / "smollm2-135m").symlink_to(tiny_model)
+    monkeypatch.setenv("PREFTUNE_CACHE", str(here / "cache"))
+    texts = [f"Say {n}." for n in range(24)]
+    pairs = [
+        {"prompt": t, "chosen": f"{n}", "rejected": f"I would say {n} now"}
+        for n, t in enumerate(texts)
+    ]
+    for name in ("pairs.jsonl", "my.jsonl", "labels.jsonl"):
+        (here / name).write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (here / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    trl = "model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct\ndataset_name: pairs.jsonl\n"
+    (here / "dpo.yaml").write_text(trl)
+    (here / "run.yaml").write_text("".join(f"{k}: {v}\n" for k, v in SETTINGS.items()))
+    return here
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: p.name)
+def test_every_command_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = commands(page)
+    if not found:
+        pytest.skip(f"{page.name} has no commands of preftune")
+    if page.name in BEFORE:
+        for line in BEFORE[page.name]:
+            assert cli.run(smaller(line)) == 0, f"{line}\n{capsys.readouterr().err}"
+    for line in found:
+        arguments = smaller(line)
+        if arguments[0] in READ and "--list" not in arguments:
+            print(f"{line}: {READ[arguments[0]]}")
+            continue
+        assert cli.run(arguments) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+MINE = "preftune train --method dpo --model smollm2-135m --data pairs.jsonl --output runs/mine"
+BEFORE = {
+    "README.md": [MINE],
+    "labelling.md": [MINE],
+    "diagnose.md": [MINE.replace("runs/mine", "runs/dpo")],
+}
+"""What a page speaks of as being there already."""
