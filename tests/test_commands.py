@@ -7,6 +7,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 SMALLER = {
     r"--budget \w+": "--budget 30s",
-    r"--draw 216": "--draw 6",
+    r"--draw 216": "--draw 2",
     r"--texts 20": "--texts 0",
     r"--probe-steps 40": "--probe-steps 2",
     r"/its/new/place": "smollm2-135m",
@@ -28,6 +29,7 @@ READ = {
     "quickstart": "tests/test_quickstart.py runs it",
     "pipeline": "tests/test_pipeline.py runs it",
 }
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 SETTINGS = {"method": "dpo", "data": "pairs.jsonl", "max_steps": 2, "batch_size": 2}
 
 
@@ -53,6 +55,8 @@ def smaller(line: str) -> list[str]:
     arguments = shlex.split(line, comments=True)[1:]
     if arguments[0] == "train" and "--resume" not in arguments:
         arguments += ["--max-steps", "2", "--batch-size", "2"]
+    if arguments[0] in ("compare", "diagnose") and "--budget" not in arguments:
+        arguments += ["--budget", "30s"]
     if arguments[0] == "compare":
         arguments += ["--batch-size", "2", "--max-new-tokens", "8"]
     return arguments + (["--list"] if arguments[0] == "reproduce" else [])
@@ -75,6 +79,9 @@ def place(here: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     (here / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
     trl = "model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct\ndataset_name: pairs.jsonl\n"
     (here / "dpo.yaml").write_text(trl)
+    shutil.copytree(ROOT / "src/preftune/data/default", here / "shipped")
+    for name, text in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", TUTORIAL, re.S):
+        (here / name).write_text(text)
     (here / "run.yaml").write_text("".join(f"{k}: {v}\n" for k, v in SETTINGS.items()))
     return here
 

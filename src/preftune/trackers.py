@@ -49,8 +49,7 @@ def following(
     def follow(event: Event) -> None:
         if event.kind == "start":
             for name in names:
-                opened[name] = _opened(name, folder, event.step)
-                opened[name].store_init_configuration(_flat(settings))
+                opened[name] = _opened(name, folder, event.step, _flat(settings))
         elif event.kind == "step":
             values = _numbers(event.metrics)
             for name in list(opened):
@@ -71,8 +70,8 @@ def _guarded(opened: dict[str, Any], name: str, do: Callable[[Any], None]) -> No
         log.warning("%s failed, and is told no more: %s. metrics.jsonl has all.", name, error)
 
 
-def _opened(name: str, folder: RunFolder, step: int) -> Any:
-    """A tracker of Accelerate's, begun or gone on with.
+def _opened(name: str, folder: RunFolder, step: int, settings: Mapping[str, Any]) -> Any:
+    """A tracker of Accelerate's, begun with the settings, or gone on with: MLflow takes them once.
 
     Raises:
         UserError: it does not begin: nobody is logged in, say.
@@ -82,7 +81,7 @@ def _opened(name: str, folder: RunFolder, step: int) -> Any:
     PartialState()  # its trackers ask it who they are
     own = folder.path.resolve()
     ids = folder.read_json(_IDS) or {}
-    ids.setdefault("wandb", secrets.token_hex(8))
+    known = ids.get(name, secrets.token_hex(8))
     makers: dict[str, Callable[[], Any]] = {
         # what a killed run wrote after its checkpoint is done again
         "tensorboard": lambda: tracking.TensorBoardTracker(
@@ -90,7 +89,7 @@ def _opened(name: str, folder: RunFolder, step: int) -> Any:
         ),
         "wandb": lambda: tracking.WandBTracker(
             os.environ.get("WANDB_PROJECT", PROJECT),
-            name=own.name, id=ids["wandb"], resume="allow", dir=str(own),
+            name=own.name, id=known, resume="allow", dir=str(own),
         ),
         "trackio": lambda: tracking.TrackioTracker(PROJECT, name=own.name, resume="allow"),
         "mlflow": lambda: tracking.MLflowTracker(
@@ -100,10 +99,11 @@ def _opened(name: str, folder: RunFolder, step: int) -> Any:
     try:
         tracker = makers[name]()
         tracker.start()
+        if name not in ids:
+            tracker.store_init_configuration(settings)
     except Exception as error:
         raise UserError(f"trackers: {name} does not begin: {error}") from error
-    if name == "mlflow":
-        ids["mlflow"] = tracker.tracker.info.run_id
+    ids[name] = tracker.tracker.info.run_id if name == "mlflow" else known
     folder.write_json(_IDS, ids)
     return tracker
 
