@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 SMALLER = {
     r"--budget \w+": "--budget 30s",
-    r"--draw 216": "--draw 2",
+    r"--draw 216": "--draw 4",
     r"--texts 20": "--texts 0",
     r"--probe-steps 40": "--probe-steps 2",
     r"/its/new/place": "smollm2-135m",
@@ -39,8 +39,9 @@ def pages() -> list[Path]:
 
 def commands(page: Path) -> list[str]:
     """Lines of its blocks that begin with preftune, with what goes on behind a backslash."""
-    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", page.read_text(), re.S | re.M)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
+    shells = [text for language, text in blocks if language in ("", "sh", "bash", "console")]
+    lines = "\n".join(shells).replace("\\\n", " ").splitlines()
     return [line.strip().removeprefix("$ ") for line in lines if _is_command(line)]
 
 
@@ -63,11 +64,11 @@ def smaller(line: str) -> list[str]:
 
 
 @pytest.fixture
-def place(here: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(here: Path, make_tiny_model, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the pages take for granted."""
     models = here / "cache" / "models"
     models.mkdir(parents=True)
-    (models / "smollm2-135m").symlink_to(tiny_model)
+    make_tiny_model(models / "smollm2-135m", max_position_embeddings=1024)
     monkeypatch.setenv("PREFTUNE_CACHE", str(here / "cache"))
     texts = [f"Say {n}." for n in range(24)]
     pairs = [

@@ -134,7 +134,7 @@ near = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     manifest=st.binary()
     | plain.map(json.dumps).map(str.encode)

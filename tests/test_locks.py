@@ -72,7 +72,7 @@ def test_two_runs_fill_one_cache(tiny_model, pairs_file, tmp_path, monkeypatch) 
     from test_training import same
 
     context = multiprocessing.get_context("fork")
-    for number in range(3):
+    for number in range(2):
         monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / f"cache-{number}"))
         gate = context.Barrier(2)
         folders = [tmp_path / f"run-{number}-{i}" for i in range(2)]

@@ -27,6 +27,7 @@ def drawn(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     return here / "problems"
 
 
+@pytest.mark.slow
 def test_the_shipped_rule_is_measured(drawn: Path, capsys, here: Path) -> None:
     args = ["advise-study", "--problems", str(drawn), "--output", "out", "--json"]
     assert cli.run(args) == 0

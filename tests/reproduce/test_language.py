@@ -237,6 +237,7 @@ def test_every_problem_can_be_made(where: Path, problem: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_the_command(where: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def little_claim(name: str) -> Claim:
         claim = CLAIMS[f"{name}-synthetic"]
