@@ -1,6 +1,6 @@
 """The ways in which a run may end before its time, apart from a fault of ours.
 
-The command line turns them into exit codes: `UserError` 2, `GuardStop` 3, `Saved` 75.
+The command line turns them into exit codes (`exit_code`).
 """
 
 import difflib
@@ -33,6 +33,22 @@ class GuardStop(Exception):
 
 class Saved(Exception):
     """The system asked the run to end (SIGTERM, SIGUSR1); it is saved and can go on."""
+
+
+class Elsewhere(Exception):
+    """Another process of the run ended it and says why; `code` is the exit code of all."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(f"ended by another process: {message}")
+        self.code = code
+
+
+def exit_code(error: BaseException) -> int:
+    """What the command line ends with."""
+    if isinstance(error, Elsewhere):
+        return error.code
+    codes = {UserError: 2, GuardStop: 3, Saved: 75, KeyboardInterrupt: 130}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

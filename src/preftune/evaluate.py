@@ -28,6 +28,7 @@ from preftune.numerics import masked_sum, stream_key, uniform
 from preftune.policies.base import Policy
 from preftune.policies.scoring import micro_batches, score_all
 from preftune.samples import Samples, join
+from preftune.team import current
 
 DOCUMENTED = {
     "reward": "mean reward of samples; a proxy where it is the reward trained on",
@@ -127,18 +128,23 @@ def answer(
             would be of another policy, and is left out.
     """
     total = min(num_prompts or len(prompts), len(prompts))
-    key = stream_key(seed, "evaluate")
+    key, team = stream_key(seed, "evaluate"), current()
     parts: list[Samples] = []
     kls: list[Tensor] = []
     ratios: list[Tensor] = []
     for start in range(0, total, batch_prompts):
         rows = torch.arange(start, min(start + batch_prompts, total))
 
-        def stream(t: int, shape: tuple[int, ...], rows: Tensor = rows) -> Tensor:
-            return uniform(key, t, rows[:, None], torch.arange(shape[-1]))
+        def draw(own: Tensor, rows: Tensor = rows) -> Samples:
+            own = rows[own]
 
-        drawn = policy.sample(*prompts.prompts_only(rows), samples_per_prompt, stream, 0)
-        parts.append(replace(drawn, row=rows))
+            def stream(t: int, shape: tuple[int, ...]) -> Tensor:
+                return uniform(key, t, own[:, None], torch.arange(shape[-1]))
+
+            drawn = policy.sample(*prompts.prompts_only(own), samples_per_prompt, stream, 0)
+            return replace(drawn, row=own)
+
+        parts.append(team.rows(len(rows), draw))
         if reference is not None and own:
             kls.append(_sequence_kl(policy, reference, parts[-1], micro_batch_tokens))
             if log_ratio:
@@ -147,7 +153,7 @@ def answer(
     samples = join(parts)
     return Answers(
         samples=samples,
-        rewards={name: judge(samples) for name, judge in judges.items()},
+        rewards={name: team.judged(judge, samples) for name, judge in judges.items()},
         kl=torch.cat(kls) if kls else None,
         log_ratio=torch.cat(ratios) if ratios else None,
         own=own,
@@ -155,10 +161,14 @@ def answer(
 
 
 def _sequence_kl(policy: Policy, reference: Policy, samples: Samples, budget: int | None) -> Tensor:
+    team = current()
+    own = [
+        (index, policy.step_kl(reference, samples.take(index)).sum(-1).double())
+        for index in micro_batches(samples, budget)[team.rank :: team.size]
+    ]
     out = torch.zeros(samples.finished.shape, dtype=torch.float64)
-    for index in micro_batches(samples, budget):
-        part = samples.take(index)
-        out[index] = policy.step_kl(reference, part).sum(-1).double()
+    for index, kl in (x for part in team.gather(own) for x in part):
+        out[index] = kl
     return out
 
 

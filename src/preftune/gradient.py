@@ -3,7 +3,7 @@
 import copy
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from preftune.phases import phase
 from preftune.policies.scoring import micro_batches, sizes
 from preftune.rounds import Group, World, next_minibatch, refill
 from preftune.samples import Batch, Samples
+from preftune.team import Team, current
 from preftune.terms import count, loss_sum, narrow, trimmed
 
 log = logging.getLogger("preftune")
@@ -55,7 +56,7 @@ def gradient(
     """Accumulate one update's gradient in the policy's parameters, which have none before.
 
     Each term is normalised by its own count over the whole minibatch, known before the first
-    forward, so the size of the micro-batches does not matter.
+    forward, so neither the size of the micro-batches nor the number of processes matters.
 
     Raises:
         UserError: not even one prompt with its responses fits the memory.
@@ -84,16 +85,21 @@ def _as_it_fits(
     todo: list[Minibatch], world: World, measures: Measures
 ) -> tuple[Tensor, Measures, int | None]:
     """The loss, what was measured, and the budget: halved, and all done again, while memory runs
-    out."""
-    budget = world.micro_batch_tokens
+    out in some process."""
+    budget, team = world.micro_batch_tokens, current()
     while True:
         measured = copy.deepcopy(measures)
+        own = measured if team.size == 1 else measured.apart()
+        total = None
         try:
-            return _accumulate(todo, world, budget, measured), measured, budget
+            total = _accumulate(todo, world, budget, own)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or team.sharded:  # a sharded pass waits for all
                 raise
         # behind the handler, whose traceback holds the activations
+        shares = [(x, m) for x, m in team.gather((total, own)) if x is not None]
+        if len(shares) == team.size:
+            return _summed(shares, world, measured, team), measured, budget
         for parameter in world.policy.parameters():
             parameter.grad = None
         budget = _smaller(todo, budget)
@@ -101,6 +107,20 @@ def _as_it_fits(
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         log.warning("out of memory: micro-batches of %d tokens from here on", budget)
+
+
+def _summed(
+    shares: list[tuple[Tensor, Measures]], world: World, measured: Measures, team: Team
+) -> Tensor:
+    """The whole loss from the processes' shares; their measures and gradients put together.
+
+    One sum of the gradients after the last pass is what DDP's hooks would come to; these ask for
+    as many backward passes in every process, which minibatches of whole prompts do not give.
+    """
+    if team.size > 1:
+        measured.absorb(m for _, m in shares)
+        team.add_gradients(list(world.policy.parameters()))
+    return sum((x for x, _ in shares[1:]), shares[0][0])
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -134,10 +154,10 @@ def _smaller(todo: list[Minibatch], budget: int | None) -> int:
 def _accumulate(
     todo: list[Minibatch], world: World, budget: int | None, measures: Measures
 ) -> Tensor:
-    """Gradients of all of it; the loss, [*R]."""
-    shape = world.policy.batch_shape
+    """Gradients of this process's share of it; its share of the loss, [*R]."""
+    shape, team = world.policy.batch_shape, current()
     total = torch.zeros(shape, dtype=torch.float64)
-    work = []
+    work: list[tuple[Minibatch, Samples, list[Batch]]] = []
     for m in todo:
         parts = micro_batches(m.samples, budget)
         for index in parts:
@@ -148,9 +168,11 @@ def _accumulate(
     if not shape:
         # most memory is taken by the largest: it goes first, while there are no gradients yet
         work.sort(key=lambda w: -sum(sizes(w[1])))
-    for m, part, items in work:
+    trained, idle = ([w for w in work if w[0].group.idle == x] for x in (False, True))
+    for (m, part, items), counts in [*team.turns(trained), *team.turns(idle)]:
         with phase("train", 0 if shape else sum(sizes(part))):
-            total = total + _micro_batch(m.group, world, part, items, m.counts, measures)
+            loss = _micro_batch(m.group, world, part, items, m.counts, measures if counts else None)
+        total = total + loss if counts else total
     return total
 
 
@@ -160,19 +182,39 @@ def _micro_batch(
     samples: Samples,
     labelled: list[Batch],
     counts: list[Tensor],
-    measures: Measures,
+    measures: Measures | None,
 ) -> Tensor:
-    """Forward and backward pass of some of a minibatch's prompts; its share of the loss, [*R]."""
+    """Forward and backward pass of some of a minibatch's prompts; its share of the loss, [*R].
+
+    Args:
+        measures: None for a pass that does not count: nothing is measured, its gradient is 0.
+    """
     with torch.set_grad_enabled(not group.idle):
         now = world.policy.outputs(samples, group.outputs)
-        measures.outputs(group, samples, now)
-        dtype = next(iter(now.values())).dtype
-        loss = torch.zeros(world.policy.batch_shape, dtype=dtype)
-        for i, (term, batch, n) in enumerate(zip(group.terms, labelled, counts, strict=True)):
-            summed, arguments = loss_sum(term, samples, batch, now)
-            mean = summed / n.clamp(min=1).to(dtype)
-            measures.term(group, i, samples, batch, arguments, mean)
-            loss = loss + group.factor(i) * mean if not term.idle else loss
+        if measures is None:
+            loss = 0 * torch.stack([x.sum() for x in now.values()]).sum()
+        else:
+            measures.outputs(group, samples, now)
+            loss = _loss(group, samples, labelled, counts, measures, now)
     if not group.idle:
         loss.sum().backward()
     return loss.detach().double()
+
+
+def _loss(
+    group: Group,
+    samples: Samples,
+    labelled: list[Batch],
+    counts: list[Tensor],
+    measures: Measures,
+    now: Mapping[str, Tensor],
+) -> Tensor:
+    """Weighted sum of the terms' means, [*R], of which these samples are a part."""
+    dtype = next(iter(now.values())).dtype
+    loss = torch.zeros(counts[0].shape, dtype=dtype)
+    for i, (term, batch, n) in enumerate(zip(group.terms, labelled, counts, strict=True)):
+        summed, arguments = loss_sum(term, samples, batch, now)
+        mean = summed / n.clamp(min=1).to(dtype)
+        measures.term(group, i, samples, batch, arguments, mean)
+        loss = loss + group.factor(i) * mean if not term.idle else loss
+    return loss

@@ -3,7 +3,7 @@
 `DOCUMENTED` is the one list of their names; docs/metrics.md is made from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +97,25 @@ class Measures:
         self._plain: dict[str, Any] = {}
         self._all: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._skip_above: float | None = None
+        self._stale = False
+        """Some sample of the update is older than the policy."""
+
+    def apart(self) -> "Measures":
+        """An empty one of the same update, for one process's share of the passes."""
+        found = Measures(self._shape, self.on)
+        found._stale = self._stale
+        return found
+
+    def absorb(self, shares: Iterable["Measures"]) -> None:
+        """Take in what was measured apart."""
+        for share in shares:
+            for name, total in share._sum.items():
+                self._sum[name] = self._sum.get(name, 0) + total
+                self._weight[name] = self._weight.get(name, 0) + share._weight[name]
+            for name, number in share._plain.items():
+                self.count(name, number)
+            for name, pairs in share._all.items():
+                self._all.setdefault(name, []).extend(pairs)
 
     def _flat(self, values: Tensor) -> Tensor:
         """[*R, m] of anything [*R, ...]; a single number is every run's."""
@@ -128,11 +147,6 @@ class Measures:
             return None
         values, keep = zip(*self._all[name], strict=True)
         return torch.cat(values, -1), torch.cat(keep, -1)
-
-    @property
-    def _stale(self) -> bool:
-        """Some sample of the update is older than the policy."""
-        return "staleness" in self._sum and bool((self._sum["staleness"] != 0).any())
 
     def minibatch(
         self, group: Group, samples: Samples, labelled: list[Batch], version: int
@@ -180,7 +194,9 @@ class Measures:
         fresh = samples.origin >= 0  # a pool also holds others
         self.add("length", samples.lengths(), fresh)
         self.add("no_end", ~samples.finished, fresh)
-        self.add("staleness", version - samples.origin, fresh)
+        age = version - samples.origin
+        self.add("staleness", age, fresh)
+        self._stale |= bool((age[fresh] != 0).any())
         if not self._shape:  # what alarms read is of single runs
             shares = informative.distinct(samples.tokens, samples.mask, fresh)
             self.add("distinct_samples", shares, fresh.sum(-1) > 1)

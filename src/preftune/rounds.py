@@ -21,6 +21,7 @@ from preftune.policies.base import Policy, Trainable
 from preftune.policies.scoring import LOGP, outputs_all, score_all
 from preftune.samples import Batch, Samples
 from preftune.sources import Offline
+from preftune.team import current
 from preftune.terms import Term, narrows
 
 RewardFunction = Callable[[Samples], Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -177,7 +178,7 @@ def _score(drawn: Samples, group: Group, world: World) -> Round:
         judge = world.reward if group.source.draws else world.data_reward or world.reward
         assert judge is not None, "the row needs a reward"
         with phase("reward"):
-            judged = judge(samples)
+            judged = current().judged(judge, samples)
         total, named = judged if isinstance(judged, tuple) else (judged, {})
         extra = samples.extra | {f"{PART}{name}": part for name, part in named.items()}
         samples = replace(samples, reward=total, extra=extra)

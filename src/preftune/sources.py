@@ -11,6 +11,7 @@ from preftune.collecting import Context, Data, Source, rows_of
 from preftune.numerics import stream_key, uniform
 from preftune.policies.base import Policy
 from preftune.samples import DATA, REFERENCE, Samples, beside, join
+from preftune.team import current
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,14 +253,19 @@ def _draw(
     counters: Tensor,
     origin: int,
 ) -> Samples:
-    """Sample responses to rows; `counters` [n] name each prompt's own random numbers."""
+    """Sample responses to rows; `counters` [n] name each prompt's own random numbers, whichever
+    process draws with them."""
 
     keys = key[..., None, None] if isinstance(key, Tensor) else key
 
-    def stream(t: int, shape: tuple[int, ...]) -> Tensor:
-        response = torch.arange(shape[-1])
-        return uniform(keys, t, (counters[:, None] * num_responses + response).expand(shape))
+    def draw(own: Tensor) -> Samples:
+        def stream(t: int, shape: tuple[int, ...]) -> Tensor:
+            response = torch.arange(shape[-1])
+            count = counters[own][:, None] * num_responses + response
+            return uniform(keys, t, count.expand(shape))
 
-    prompt, prompt_mask = data.prompts_only(rows)
-    drawn = policy.sample(prompt, prompt_mask, num_responses, stream, origin)
-    return replace(drawn, row=rows.expand(*policy.batch_shape, len(rows)))
+        prompt, prompt_mask = data.prompts_only(rows[own])
+        drawn = policy.sample(prompt, prompt_mask, num_responses, stream, origin)
+        return replace(drawn, row=rows[own].expand(*policy.batch_shape, len(own)))
+
+    return current().rows(len(rows), draw)

@@ -8,6 +8,7 @@ from torch import Tensor
 from preftune.phases import phase
 from preftune.policies.base import Trainable
 from preftune.samples import Samples
+from preftune.team import current
 
 LOGP = frozenset({"logp"})
 
@@ -18,10 +19,13 @@ def sizes(samples: Samples) -> list[int]:
 
 
 def micro_batches(samples: Samples, budget: int | None) -> list[Tensor]:
-    """Prompts by length in groups of at most `budget` tokens. A study's runs stay in one group."""
-    if samples.row.ndim > 1 or budget is None:
+    """Prompts by length in groups of at most `budget` tokens, about as many for each process. A
+    study's runs stay in one group."""
+    size = sizes(samples) if samples.row.ndim == 1 else []
+    piece = current().piece(sum(size), budget)
+    if samples.row.ndim > 1 or piece is None:
         return [torch.arange(samples.row.shape[-1])]
-    return by_length(sizes(samples), budget)
+    return by_length(size, piece)
 
 
 def by_length(size: Sequence[int], budget: int) -> list[Tensor]:
@@ -46,10 +50,14 @@ def by_length(size: Sequence[int], budget: int) -> list[Tensor]:
 def outputs_all(
     model: Trainable, samples: Samples, budget: int | None, names: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The model's outputs for a whole round, without gradients, in pieces."""
+    """The model's outputs for a whole round, without gradients, in pieces, which the processes
+    share out."""
+    team = current()
     parts = micro_batches(samples, budget)
     with phase("score", int(samples.mask.sum())):
-        scored = [model.outputs(samples.take(index), names) for index in parts]
+        own = [model.outputs(samples.take(i), names) for i in parts[team.rank :: team.size]]
+        scored = [x for each in team.gather(own) for x in each]
+    parts = [index for rank in range(team.size) for index in parts[rank :: team.size]]
     axis = samples.row.ndim - 1
     order = torch.argsort(torch.cat(parts))
     return {
