@@ -14,12 +14,22 @@ from preftune.adapter_folder import PREFIX, VALUE_HEAD, WEIGHTS
 from preftune.adapters import is_adapted
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, value_head: Any = None) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    value_head: Any = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write a model folder that transformers loads unchanged: of a model with an adapter, a PEFT
     folder of what is on: one adapter, or two of LoRA as one that holds both; with the value head
-    in a file of its own, from which training goes on."""
+    in a file of its own, from which training goes on.
+
+    Args:
+        state: the weights by name of a model without an adapter, in place of its own.
+    """
     if not is_adapted(model):
-        huggingface.save_model(model, tokenizer, folder)
+        huggingface.save_model(model, tokenizer, folder, state)
         return
     _save_adapter(model, folder)
     if value_head is not None:

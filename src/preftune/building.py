@@ -21,6 +21,7 @@ from preftune.policies.transformer import Transformer
 from preftune.reward_model import RewardModel
 from preftune.samples import Samples
 from preftune.sampling.decoding import Decoding
+from preftune.team import current
 
 SMALL_MODEL = 5_000_000
 """Parameters below which bfloat16 gains nothing on a CPU."""
@@ -94,6 +95,14 @@ def decoding_of(config: Config) -> Decoding:
 
 def pick_device(name: str) -> torch.device:
     """The device that a setting names; `auto` takes an accelerator where there is one."""
+    own = current().device  # one of several processes has its own
+    if own is not None:
+        if name not in ("auto", own.type):
+            raise UserError(
+                f"device '{name}': the processes were launched for {own.type}. "
+                "Leave device out, or launch them for the other (accelerate launch --cpu)."
+            )
+        return own
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -136,7 +145,8 @@ def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
         return None
     device = next(model.parameters()).device
     large = sum(p.numel() for p in model.parameters()) > SMALL_MODEL
-    return torch.bfloat16 if large and _faster_in_bfloat16(device) else None
+    # what is timed may differ from process to process
+    return torch.bfloat16 if large and current().agreed(_faster_in_bfloat16(device)) else None
 
 
 CONTROLS = ("[bad]\n", "[good]\n")

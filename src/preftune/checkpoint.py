@@ -22,9 +22,12 @@ from preftune.collecting import Cursor
 from preftune.durable import Damaged
 from preftune.errors import GuardStop, UserError
 from preftune.loop import State
+from preftune.numerics import whole
+from preftune.policies.sharding import spread_like
 from preftune.rounds import Group, Round
 from preftune.samples import Batch, Samples
 from preftune.stopping import Plateau
+from preftune.team import current
 
 KEEP = 2
 """Checkpoints besides the best one."""
@@ -44,6 +47,8 @@ def save(run: State, folder: Path) -> Path:
     """
     target = folder / f"step-{run.step:06d}"
     tensors, plain = _collect(run)
+    if not current().main:  # its state is the main process's
+        return target
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if any(name.startswith(("policy/", "optimizer/")) for name in bad):
         raise GuardStop(f"step {run.step}: weights are not numbers: {', '.join(bad[:3])}.")
@@ -75,11 +80,11 @@ def _collect(run: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All that changes while a run goes on: tensors, and what JSON can hold."""
     tensors: dict[str, Tensor] = {}
     names = [name for name, _ in run.world.policy.named_parameters()]
-    tensors |= {f"policy/{n}": p.detach() for n, p in run.world.policy.named_parameters()}
+    tensors |= {f"policy/{n}": whole(p.detach()) for n, p in run.world.policy.named_parameters()}
     tensors |= {f"reference/{n}": t.detach() for n, t in _moving(run)}
     moments = run.optimizer.state_dict()["state"]
     for i, state in moments.items():
-        tensors |= {f"optimizer/{names[i]}/{k}": v for k, v in state.items()}
+        tensors |= {f"optimizer/{names[i]}/{k}": whole(v) for k, v in state.items()}
     plain: dict[str, Any] = {
         "step": run.step,
         "version": run.version,
@@ -152,7 +157,7 @@ def load_weights(run: State, path: Path) -> None:
         raise UserError(f"checkpoint '{path}' cannot be used ({error}).") from error
     with torch.no_grad():
         for name, parameter in run.world.policy.named_parameters():
-            parameter.copy_(tensors[f"policy/{name}"])
+            parameter.copy_(spread_like(tensors[f"policy/{name}"], parameter))
 
 
 def _check(run: State, path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -188,12 +193,12 @@ def _restore(run: State, tensors: dict[str, Tensor], plain: Mapping[str, Any]) -
     run.world = replace(run.world, micro_batch_tokens=plain["micro_batch_tokens"])
     with torch.no_grad():
         for name, tensor in _changing(run):
-            tensor.copy_(tensors[name])
+            tensor.copy_(spread_like(tensors[name], tensor))
     state: dict[int, dict[str, Tensor]] = {}
-    for i, (name, _) in enumerate(run.world.policy.named_parameters()):
+    for i, (name, parameter) in enumerate(run.world.policy.named_parameters()):
         found = _under(f"optimizer/{name}/", tensors)
-        if found:
-            state[i] = found
+        if found:  # the count of steps is one number
+            state[i] = {k: spread_like(v, parameter) if v.ndim else v for k, v in found.items()}
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     for i, (group, saved) in enumerate(zip(run.groups, plain["groups"], strict=True)):
         _restore_group(group, saved, f"group{i}", tensors)

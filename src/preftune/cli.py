@@ -1,14 +1,16 @@
 """The command line: reads flags, calls a function, prints what it returns."""
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from preftune import startup
 from preftune.cli_train import JSON, print_json, reward, train
-from preftune.errors import GuardStop, Saved, UserError, nearest
+from preftune.errors import Elsewhere, GuardStop, Saved, UserError, exit_code, nearest
 
 HELP = """usage: preftune COMMAND [--help]
 
@@ -56,7 +58,11 @@ def run(args: Sequence[str]) -> int:
         SIGUSR1, 130 interrupted.
     """
     try:
+        if startup.place()[1] > 1:
+            return _as_one_of_many(list(args))
         return _dispatch(list(args))
+    except Elsewhere as ended:
+        return ended.code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,7 +76,7 @@ def run(args: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except SystemExit as stop:  # tyro: 0 after --help, 2 after a wrong flag
-        return stop.code if isinstance(stop.code, int) else 2
+        return exit_code(stop)
     except BrokenPipeError:
         return 0
     except OSError as error:
@@ -81,6 +87,23 @@ def run(args: Sequence[str]) -> int:
         return 2
     except Exception:
         return _fault()
+
+
+def _as_one_of_many(args: list[str]) -> int:
+    """A command that several processes do together; the main one speaks."""
+    with ExitStack() as held:
+        if startup.place()[0]:
+            held.enter_context(redirect_stdout(held.enter_context(open(os.devnull, "w"))))
+        if not args or args[0] not in _COMPUTING:
+            return _dispatch(args)
+        from preftune.team import together
+
+        with together():
+            if args[0] not in ("train", "reward"):
+                raise UserError(
+                    f"command '{args[0]}': works in one process. Start it without accelerate."
+                )
+            return _dispatch(args)
 
 
 _OF_THE_MACHINE = {

@@ -47,6 +47,8 @@ def exit_code(error: BaseException) -> int:
     """What the command line ends with."""
     if isinstance(error, Elsewhere):
         return error.code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 2
     codes = {UserError: 2, GuardStop: 3, Saved: 75, KeyboardInterrupt: 130}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 

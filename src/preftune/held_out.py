@@ -15,6 +15,7 @@ from preftune.likelihoods import pair_figures, plain_text, retention, windows
 from preftune.parts import Parts, make_settings
 from preftune.policies.transformer import Transformer
 from preftune.runs import JUDGED, RunFolder
+from preftune.team import current
 
 log = logging.getLogger("preftune")
 
@@ -183,7 +184,9 @@ def _in_full(
     if pieces is not None:
         found |= retention(parts.policy, reference, pieces, budget)
     if server is not None:
-        found |= judge_figures(server, answers, baseline, rows, renderer)
+        found |= current().by_main(
+            lambda: judge_figures(server, answers, baseline, rows, renderer)
+        )
     return found
 
 

@@ -367,9 +367,15 @@ def text_of(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model folder that transformers and vLLM load unchanged."""
-    model.save_pretrained(folder, safe_serialization=True)
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model folder that transformers and vLLM load unchanged.
+
+    Args:
+        state: the weights by name, in place of the model's own.
+    """
+    model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -280,3 +280,8 @@ def sample_index(probability: Float[Tensor, "*E V"], u: Float[Tensor, "*E"]) -> 
     cdf = probability.to(torch.float64).cumsum(-1)
     found = torch.searchsorted(cdf, (u.to(cdf) * cdf[..., -1]).unsqueeze(-1), right=True)
     return found.squeeze(-1).clamp_(max=probability.shape[-1] - 1)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, in full where it is spread over processes: all of them must ask."""
+    return getattr(tensor, "full_tensor", lambda: tensor)()

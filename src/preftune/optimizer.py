@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from preftune.numerics import whole
+
 BETAS, EPS = (0.9, 0.999), 1e-8
 ALIGNED = 16
 """Numbers that a fused update takes at once: of a size that this divides, no run has a remainder,
@@ -64,7 +66,8 @@ class Single:
 
     def clip(self, max_norm: float) -> Float[Tensor, ""]:
         """See `Optimizer.clip`."""
-        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm).cpu()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        return whole(norm).cpu()
 
     def step(self, rate: float | Tensor, active: Bool[Tensor, ""]) -> None:
         """See `Optimizer.step`."""

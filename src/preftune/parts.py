@@ -28,6 +28,7 @@ from preftune.policies.transformer import Transformer
 from preftune.reward_model import RewardModel
 from preftune.rounds import World, updates_per_epoch
 from preftune.runs import unnamed
+from preftune.team import current
 
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.05, 200, 64
 
@@ -100,7 +101,8 @@ def prepare(
     if trains:
         _check_needs(config, method, made_reward, data)
         _check_measures(config)
-    output = Path(config.output) if config.output else unnamed(method.name)
+    team = current()
+    output = team.agreed(Path(config.output) if config.output else unnamed(method.name))
     if tokenizer is None and (data is not None or config.prompts or model is None):
         tokenizer = huggingface.load_tokenizer(_tokenizer_name(config, model))
     trained = building.make_model(config, model, tokenizer, method)
@@ -121,10 +123,12 @@ def prepare(
     reason = reference_cache.obstacle(parts.method, parts.reference)
     if trains and config.reference_cache and reason is not None:
         raise UserError(f"reference_cache: {reason}. Leave it out.")
-    if trains and parts.renderer is not None:
+    if trains and parts.renderer is not None and team.main:  # asked once
         for judge in (parts.reward, parts.gold):
             judges.try_reward(judge, parts.prompts, parts.renderer)
-    parts.micro_batch_tokens = automatic.row_budget(config, trained.trunk)
+    # what is free now differs from process to process
+    budgets = team.gather(automatic.row_budget(config, trained.trunk))
+    parts.micro_batch_tokens = min((b for b in budgets if b is not None), default=None)
     if trained.autocast is not None and config.dtype == "auto":
         parts.notes.append(
             f"compute in {trained.autocast} over float32 weights: faster on this machine"
@@ -228,7 +232,7 @@ def _load_rows(
 
 def _keep_rejected(parts: Parts, rejected: Sequence[Rejected]) -> None:
     """Refused rows stand beside the output, whether or not the run begins."""
-    if rejected:
+    if rejected and current().main:
         path = Path(f"{parts.output}.rejected.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rejected(rejected, path)
@@ -357,7 +361,7 @@ def blocks_are(parts: Parts, settings: loop.Settings) -> dict[str, bool]:
     """Whether the model's blocks are compiled, and whether their activations are recomputed:
     settled once, since it takes forward passes and looks at the free memory."""
     if parts.blocks is None:
-        parts.blocks = _settle_blocks(parts, settings)
+        parts.blocks = current().agreed(_settle_blocks(parts, settings))
     return parts.blocks
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from preftune import startup
 from preftune.events import Event
 
 _SHOWN = (
@@ -16,10 +17,10 @@ _SHOWN = (
 
 
 def stderr() -> Any:
-    """A rich console on stderr."""
+    """A rich console on stderr; of several processes the main one's alone shows anything."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=startup.place()[0] > 0)
 
 
 class Progress:

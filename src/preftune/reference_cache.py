@@ -28,6 +28,7 @@ from torch import Tensor
 from preftune.block_store import Store
 from preftune.collecting import Source
 from preftune.data import Renderer
+from preftune.errors import UserError
 from preftune.fingerprint import Tick, as_json, digest, of_computation
 from preftune.huggingface import cache_folder
 from preftune.method import Method
@@ -36,6 +37,7 @@ from preftune.policies.transformer import Transformer
 from preftune.rounds import Group, World, group_terms, read, visited
 from preftune.samples import Samples
 from preftune.sources import Offline, Pool, Reference
+from preftune.team import current
 
 FORMAT = 1
 """Of the files; another number makes every cache anew."""
@@ -119,11 +121,18 @@ def attach(
     for source in dict.fromkeys(g.source for g in readers):
         plan = _plan([g for g in readers if g.source == source], world, updates, tick)
         meta = {"format": FORMAT, **of_model, "text": dict(text), "rows": plan.described()}
+        if current().size > 1:  # who cut the blocks into other passes, which changes rounding
+            meta["processes"] = current().size
         folder = cache_folder() / "reference" / digest(as_json(meta))[:32]
         try:
             store = Store(folder, meta, plan.block_tokens, np.dtype(plan.value_type(reference)))
             scored = _fill(store, plan, world, reference, tick)
         except OSError as error:
+            if current().size > 1:  # of which the others may have been able to
+                raise UserError(
+                    f"reference_cache: '{folder}' cannot be written ({error.strerror or error}). "
+                    "Free space, or set reference_cache: off."
+                ) from error
             note(
                 f"reference log-probs could not be kept in '{folder}' "
                 f"({error.strerror or error}): they are computed in every update"
@@ -199,13 +208,19 @@ def _plan(groups: Sequence[Group], world: World, updates: int, tick: Tick) -> Pl
 
 
 def _fill(store: Store, plan: Plan, world: World, reference: Transformer, tick: Tick) -> int:
-    """Score every block that the store lacks; how many rows these were."""
-    lacking = [i for i in range(len(plan.blocks)) if not store.holds(i)]
+    """Score every block that the store lacks; how many rows these were.
+
+    Several processes score each block together, and each keeps it: on several machines their
+    folders may be different ones.
+    """
+    team = current()
+    own = {i for i in range(len(plan.blocks)) if not store.holds(i)}
+    lacking = sorted(set().union(*team.gather(own)))
     total = sum(len(plan.blocks[i]) for i in lacking)
     done = scored = 0
     for i in lacking:
         block = plan.blocks[i]
-        if not store.holds(i):  # another process may have been here in the meantime
+        if team.size > 1 or not store.holds(i):  # another run may have been here in the meantime
             samples = read(plan.group, world, plan.rows[block])
             logp = score_all(reference, samples, None)
             store.put(i, logp[samples.mask].numpy())

@@ -8,6 +8,7 @@ from preftune import checkpoint, loop
 from preftune.errors import UserError
 from preftune.parts import Parts
 from preftune.runs import RunFolder
+from preftune.team import current
 
 
 def resumed(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -30,15 +31,20 @@ def _adapter(before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 def finished(folder: RunFolder, settings: loop.Settings) -> bool:
     """Whether its last step is logged and its model written."""
-    rows = folder.read("metrics.jsonl")
-    if not rows or not (folder.path / "model").is_dir():
-        return False
-    return rows[-1]["step"] == settings.max_steps or "ended" in rows[-1]
+
+    def look() -> bool:
+        rows = folder.read("metrics.jsonl")
+        if not rows or not (folder.path / "model").is_dir():
+            return False
+        return rows[-1]["step"] == settings.max_steps or "ended" in rows[-1]
+
+    return current().by_main(look)
 
 
 def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     """The run folder: a new one, or on resume the one that is there, if its settings agree."""
-    if not (parts.config.resume and (parts.output / "config.yaml").exists()):
+    there = current().by_main(lambda: (parts.output / "config.yaml").exists())
+    if not (parts.config.resume and there):
         return RunFolder.create(parts.output, resolved)
     folder = RunFolder(parts.output)
     before = folder.read_config()
@@ -70,7 +76,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def go_on(state: loop.State, folder: RunFolder, note: Callable[[str], None]) -> None:
     """Put the run back to its newest whole checkpoint, and its logs with it."""
-    found, notes = checkpoint.newest(folder.path / "checkpoints")
+    found, notes = current().by_main(lambda: checkpoint.newest(folder.path / "checkpoints"))
     for message in notes:
         note(message)
     if found is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from preftune import huggingface
 from preftune.adapter_saving import save_model
+from preftune.policies.sharding import shard
 from preftune.policies.trunk import Trunk
 from preftune.samples import Samples
 
@@ -91,7 +92,8 @@ class RewardModel:
         tokens = torch.nn.functional.pad(tokens, (0, 1))
         layout = self.trunk.layout(prompt, prompt_mask, tokens, longer)
         layout = replace(layout, predict=layout.predict[last[longer]])
-        flat = self.trunk.one_number(self.trunk.whole.score, self.trunk.hidden(layout))
+        head = self.trunk.whole.score
+        flat = self.trunk.through(lambda: self.trunk.one_number(head, self.trunk.hidden(layout)))
         # losses are formed on the CPU: a number a response, wherever the model is
         return flat.cpu().view(mask.shape[:-1])
 
@@ -103,10 +105,17 @@ class RewardModel:
         """See `Trainable.parameters`."""
         return (p for _, p in self.named_parameters())
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
+    def shard(self, size: int) -> None:
+        """Spread the weights over so many processes."""
+        shard(self.trunk, [], size)
+
+    def save(self, folder: Path, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
         """Write a folder that transformers' AutoModelForSequenceClassification loads unchanged.
 
         It reads there what is read here: configuration and tokenizer pad with `padding_id`.
+
+        Args:
+            state: the weights by name, in place of the model's own.
         """
         pad = padding_id(self.model, tokenizer)
         self.model.config.get_text_config().pad_token_id = pad
@@ -114,7 +123,7 @@ class RewardModel:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
             tokenizer.padding_side = "right"  # on the left it would move absolute positions
-        save_model(self.model, tokenizer, folder)
+        save_model(self.model, tokenizer, folder, state=state)
 
 
 def padding_id(model: Any, tokenizer: Any) -> int | None:

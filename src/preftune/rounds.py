@@ -5,6 +5,7 @@ and with an equal labeller one call of it.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +20,7 @@ from preftune.numerics import masked_sum, permutation, stream_key
 from preftune.phases import phase
 from preftune.policies.base import Policy, Trainable
 from preftune.policies.scoring import LOGP, outputs_all, score_all
+from preftune.policies.sharding import gathered
 from preftune.samples import Batch, Samples
 from preftune.sources import Offline
 from preftune.team import current
@@ -266,6 +268,13 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
 
     `given` stands in for what an on-policy source would draw.
     """
+    asked = group.source.on_policy or bool(group.needs & {"logp", "value"})
+    with gathered(world.policy) if asked else nullcontext():
+        group.round = _filled(group, world, version, given)
+
+
+def _filled(group: Group, world: World, version: int, given: Samples | None) -> Round:
+    """The round of `refill`."""
     drawn = group.cursor.drawn
     fresh = _score(_collect(group, world, version, given), group, world)
     samples, labelled = fresh.samples, fresh.batches
@@ -293,7 +302,7 @@ def refill(group: Group, world: World, version: int, given: Samples | None = Non
     shown = fresh.trained_logp or _shown_by_its_update(group, fresh, labelled)
     if group.shows_logp and not shown:
         fresh = _with_outputs(fresh, world, LOGP)
-    group.round = fresh
+    return fresh
 
 
 def next_minibatch(group: Group) -> tuple[Samples, list[Batch]]:

@@ -10,6 +10,7 @@ from typing import Any
 from preftune import durable, plain_yaml
 from preftune.durable import write_text
 from preftune.errors import UserError
+from preftune.team import current
 
 
 def dumps(value: Any) -> str:
@@ -42,7 +43,7 @@ _held: set[str] = set()
 
 
 class RunFolder:
-    """Where a run writes."""
+    """Where a run writes: the main process of it; what the others would write is the same."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,6 +51,8 @@ class RunFolder:
     @staticmethod
     def check_free(path: Path) -> None:
         """Refuse a folder that already holds something, or a file."""
+        if not current().main:  # which may have begun there
+            return
         for place in (path, *path.parents):
             if place.is_file():
                 raise UserError(f"output '{path}': '{place}' is a file. Give a folder.")
@@ -70,6 +73,9 @@ class RunFolder:
         """
         from filelock import FileLock, Timeout
 
+        if not current().main:
+            yield
+            return
         path.mkdir(parents=True, exist_ok=True)
         place = str(path.resolve())
         lock = FileLock(path / LOCK)
@@ -96,7 +102,6 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
         """Make the folder and write the resolved settings."""
-        path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         folder.write_config(config)
         return folder
@@ -105,6 +110,9 @@ class RunFolder:
         """config.yaml."""
         import yaml
 
+        if not current().main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(
             self.path / "config.yaml",
             yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
@@ -127,6 +135,8 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file of the folder."""
+        if not current().main:
+            return
         with open(self.path / name, "a", encoding="utf-8") as out:
             out.writelines(dumps(row) + "\n" for row in rows)
 
@@ -145,6 +155,8 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after `step`: it will be done again."""
+        if not current().main:
+            return
         for name in ("metrics.jsonl", "times.jsonl", "samples.jsonl", "alarms.jsonl"):
             rows = [r for r in self.read(name) if r.get("step", 0) <= step]
             if (self.path / name).exists():
@@ -152,6 +164,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file of the folder."""
+        if not current().main:
+            return
         write_text(
             self.path / name, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n"
         )

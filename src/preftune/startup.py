@@ -22,6 +22,11 @@ _ALLOCATOR = {
 }
 
 
+def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Number of this process, and of how many, as `accelerate launch` numbers those it starts."""
+    return int(environment.get("RANK") or 0), int(environment.get("WORLD_SIZE") or 1)
+
+
 def settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Environment variables that are lacking; none where the C library is not glibc, where another
     allocator is loaded, or where the user has chosen some already."""

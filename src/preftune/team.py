@@ -5,6 +5,8 @@ asking. Passes through a model, decoding and rewards are shared out; what comes 
 exchanged, and every process goes on from the same state. With one process nothing of this happens.
 """
 
+import atexit
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from preftune import startup
 from preftune.errors import Elsewhere, UserError, exit_code
 from preftune.samples import Samples, join
 
@@ -214,40 +217,31 @@ def working(team: Team) -> Iterator[Team]:
 
 
 @contextmanager
-def together(device: str = "auto") -> Iterator[Team]:
+def together() -> Iterator[Team]:
     """Work with the other processes that `accelerate launch` has started, if it has.
 
-    Args:
-        device: the run's setting.
     Raises:
         UserError: a strategy that is not supported.
     """
-    if processes() == 1 or current().size > 1:
+    if startup.place()[1] == 1 or current().size > 1:
         yield current()
         return
-    with working(_join(device)) as team:
+    with working(_join()) as team:
         yield team
 
 
-def processes() -> int:
-    """How many processes were started."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def _join(device: str) -> Team:
+def _join() -> Team:
     """Meet the others; waits until all are there."""
     sharded = _is_sharded()
     from accelerate import PartialState
     from accelerate.utils import reduce
     from torch import distributed
 
-    on_cpu = device == "cpu" or _is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    on_cpu = _is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu)
-    if state.num_processes == 1:
-        raise UserError(
-            f"{processes()} processes were started, which cannot work together on this machine's "
-            "devices. Start one, or set device: cpu."
-        )
+    if state.process_index:
+        logging.getLogger("preftune").setLevel(logging.ERROR)  # the main process says it
+    atexit.register(state.destroy_process_group)
     # messages go by gloo on every device: it sees at once that a process is gone
     gloo = distributed.new_group(backend="gloo")
 

@@ -27,7 +27,7 @@ from preftune import config as configs
 from preftune.adapter_saving import save_model
 from preftune.alarms import Fired
 from preftune.config import Config
-from preftune.errors import GuardStop, Saved, UserError
+from preftune.errors import Elsewhere, GuardStop, Saved, UserError
 from preftune.events import Callback, Tell, teller
 from preftune.parts import (
     Parts,
@@ -38,12 +38,14 @@ from preftune.parts import (
     prepare,
     resolved_config,
 )
+from preftune.policies.sharding import gathered, whole_state
 from preftune.policies.transformer import Transformer
 from preftune.report import write_report
 from preftune.reward_model import RewardModel
 from preftune.rounds import World
 from preftune.runs import JUDGED, RunFolder
 from preftune.signals import Signals
+from preftune.team import current, together
 
 
 @dataclass(kw_only=True)
@@ -85,8 +87,9 @@ def train(
     config = configs.load(config)
     if config.resume and config.output is None:
         raise UserError("resume: give the run's folder with --output.")
-    with ExitStack() as held:
-        return _train(config, held, callbacks, overrides, model, tokenizer, data, reward)
+    with together() as team, ExitStack() as held:
+        told = callbacks if team.main else ()
+        return _train(config, held, told, overrides, model, tokenizer, data, reward)
 
 
 def _train(
@@ -119,7 +122,7 @@ def _train(
         scores = isinstance(parts.model, RewardModel)
         evaluate = (reward_evaluation if scores else held_out).evaluator(parts, folder)
     execute(parts, settings, folder, evaluate=evaluate, tell=tell)
-    write_report([folder.path], folder.path / "report.html")
+    current().by_main(lambda: write_report([folder.path], folder.path / "report.html"))
     tell("end", step=settings.max_steps, total=settings.max_steps, message=str(folder.path))
     return Run(
         folder=folder.path, metrics=folder.read("metrics.jsonl"), policy=parts.model, parts=parts
@@ -150,6 +153,9 @@ def execute(
     identity = _identity(parts)
     if keeps_reference(parts):
         world = _with_known(parts, world, settings, tell)
+    team = current()
+    if team.sharded:
+        parts.model.shard(team.size)
     state = loop.start(parts.method, world, settings)
     state.identity = identity
     if parts.config.resume:
@@ -157,27 +163,39 @@ def execute(
     with Signals() as signals:
         hooks = loop.Hooks(
             log=lambda step, metrics: _log(folder, tell, settings.max_steps, step, metrics),
-            evaluate=evaluate,
+            evaluate=evaluate and (lambda step: _evaluate(evaluate, step, parts)),
             save=lambda s: _save(s, folder, tell),
             alarm=lambda fired: _alarm(fired, folder, tell),
             after=watch,
-            stop=lambda: signals.asked is not None,
+            stop=lambda: _asked(signals) is not None,
         )
         tell("start", step=state.step, total=settings.max_steps, message=parts.method.name)
         try:
             loop.advance(state, settings, hooks)
-        except (UserError, GuardStop) as error:
-            raise _saved(error, state, folder) from error
-        if signals.asked is not None:
+        except (UserError, GuardStop, Elsewhere) as error:
+            raise _saved(team.ended(error), state, folder) from error
+        asked = _asked(signals)
+        if asked is not None:
             path = checkpoint.save(state, folder.path / "checkpoints")
             message = f"saved {path}; go on with --output {folder.path} --resume"
             tell("interrupted", step=state.step, message=message)
-            raise KeyboardInterrupt if signals.asked == signal.SIGINT else Saved(message)
+            raise KeyboardInterrupt if asked == signal.SIGINT else Saved(message)
     if state.step < settings.max_steps:
         tell("note", message=f"step {state.step}: the reward no longer rises: ended (patience)")
     _take_best(state, folder, tell)
     if keep_model:
         _save_model(parts, folder)
+
+
+def _asked(signals: Signals) -> int | None:
+    """A signal that some process was sent; each must end after the same step."""
+    return next((x for x in current().gather(signals.asked) if x is not None), None)
+
+
+def _evaluate(evaluate: Callable[[int], dict[str, Any]], step: int, parts: Parts) -> dict[str, Any]:
+    """An evaluation, in which no weights are spread over the processes."""
+    with gathered(parts.model):
+        return evaluate(step)
 
 
 def keep_answers(parts: Parts, folder: RunFolder) -> None:
@@ -197,9 +215,7 @@ def _identity(parts: Parts) -> dict[str, str]:
     return found
 
 
-def _saved(
-    error: UserError | GuardStop, state: loop.State, folder: RunFolder
-) -> UserError | GuardStop:
+def _saved(error: BaseException, state: loop.State, folder: RunFolder) -> BaseException:
     """The same error, with what was reached saved: a reward or a judge that failed may be back
     later, and an update that was not finite may be left out then."""
     said, details = str(error), {}
@@ -208,10 +224,13 @@ def _saved(
         folder.write_json("guard.json", details)
         said += f" The batch is in {folder.path / 'guard.json'}."
     # a reference that moves at rounds has moved already
-    if state.step and state.method.reference_update != "round":
+    apart = current().sharded  # of which no process has all
+    if state.step and state.method.reference_update != "round" and not apart:
         with suppress(UserError, GuardStop):  # a full disk, say, which may be the error itself
             path = checkpoint.save(state, folder.path / "checkpoints")
             said += f" Saved {path}: --output {folder.path} --resume goes on from there."
+    if isinstance(error, Elsewhere):
+        return error
     return GuardStop(said, details) if isinstance(error, GuardStop) else UserError(said)
 
 
@@ -274,15 +293,18 @@ def _save(state: loop.State, folder: RunFolder, tell: Tell) -> None:
 
 def _save_model(parts: Parts, folder: RunFolder) -> None:
     """Write `model/`, which appears whole."""
+    state = whole_state(parts.model.model) if current().sharded else None
+    if not current().main:
+        return
     work = folder.path / ".tmp-model"
     shutil.rmtree(work, ignore_errors=True)
     tokenizer = building.as_rendered(parts.tokenizer, parts.renderer)
     if isinstance(parts.model, RewardModel):
-        parts.model.save(work, tokenizer)
+        parts.model.save(work, tokenizer, state)
     else:
         if parts.model.controls is not None:
             tokenizer = building.asking_for_good(tokenizer)
-        save_model(parts.model.model, tokenizer, work, parts.model.value_head)
+        save_model(parts.model.model, tokenizer, work, parts.model.value_head, state)
     durable.write_text(work / "README.md", model_card.text(parts, folder))
     shutil.rmtree(folder.path / "model", ignore_errors=True)
     durable.reach("model")

@@ -15,9 +15,11 @@ from preftune.numerics import (
     token_kl,
     token_log_probs,
     token_surprisal,
+    whole,
 )
 from preftune.policies.capabilities import head_is_a_product
 from preftune.policies.packing import Layout
+from preftune.policies.sharding import shard
 from preftune.policies.trunk import Trunk
 from preftune.samples import Samples, pad_stack
 from preftune.sampling.decoding import Decoding, Uniform
@@ -119,6 +121,15 @@ class Transformer:
         assert names <= OUTPUTS, f"a language model gives no {', '.join(sorted(names - OUTPUTS))}"
         layout = self.trunk.layout(prompt, prompt_mask, tokens, mask)
         target = tokens[mask].to(self.device)
+        flat = self.trunk.through(lambda: self._flat(layout, target, names))
+        # losses are formed on the CPU: a few numbers a response, wherever the model is
+        return {
+            name: torch.zeros(mask.shape, dtype=x.dtype).masked_scatter(mask, x.cpu())
+            for name, x in flat.items()
+        }
+
+    def _flat(self, layout: Layout, target: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
+        """Each of the named outputs at the layout's predicting positions, [M]."""
         flat: dict[str, Tensor] = {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"collision"}):
             if self._whole_model:
@@ -138,11 +149,7 @@ class Transformer:
                 assert self.value_head is not None, "this policy was built without a value head"
                 assert hidden is not None, "asked for above"
                 flat["value"] = self.trunk.one_number(self.value_head, hidden)
-        # losses are formed on the CPU: a few numbers a response, wherever the model is
-        return {
-            name: torch.zeros(mask.shape, dtype=x.dtype).masked_scatter(mask, x.cpu())
-            for name, x in flat.items()
-        }
+        return flat
 
     def outputs(self, samples: Samples, names: frozenset[str]) -> dict[str, Tensor]:
         """See `Trainable.outputs`: of logp, value and collision, each [n, K, T], those named.
@@ -290,7 +297,11 @@ class Transformer:
                 f"'{differing[0]}' differs. Set reference_update to fixed."
             )
         for name, tensor in own.items():
-            tensor.lerp_(theirs[name].to(tensor), 1 - decay)
+            tensor.lerp_(whole(theirs[name]).to(tensor), 1 - decay)
+
+    def shard(self, size: int) -> None:
+        """Spread the weights over so many processes."""
+        shard(self.trunk, [] if self.value_head is None else [self.value_head], size)
 
     def with_model(self, model: Any) -> "Transformer":
         """The same settings around another model, without gradients and value head."""

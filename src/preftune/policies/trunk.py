@@ -7,7 +7,7 @@ autocast, and heads and everything after them stay in float32.
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -60,6 +60,9 @@ class Trunk:
                 "another that changes the weights."
             )
         self.compiled = self.narrowed = False
+        self.through: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
+        """What calls passes with gradients; of weights that are spread over processes it gathers
+        them (`preftune.policies.sharding`)."""
         self.window = share_window(model)
         self.packing = packing is not False and self._can_pack()
         if packing and not self.packing:
