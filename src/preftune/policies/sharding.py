@@ -41,6 +41,7 @@ def shard(trunk: Any, heads: Iterable[torch.nn.Module], size: int) -> None:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     entrance(lambda: None)  # settles which is the root, before a sampler calls a block
+    entrance.reshard()  # a root stays gathered behind a pass, and the optimizer is to see its parts
     trunk.through = entrance
 
 
