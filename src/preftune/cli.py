@@ -31,6 +31,7 @@ HELP = """usage: preftune COMMAND [--help]
   report       one HTML page of run folders
   import-trl   TRL's YAML or command line as a preftune config; what differs or is ignored
   export-trl   a preftune config as YAML for TRL
+  launch       a run in several processes: here, on Slurm or on SkyPilot
   env          versions and devices, for a bug report
   completion   what bash, zsh or fish offers after preftune: source <(preftune completion bash)
 """
@@ -128,6 +129,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "pipeline": _pipeline, "reproduce": _reproduce, "report": _report,
         "merge": _merge, "env": _env,
         "import-trl": _import_trl, "export-trl": _export_trl, "completion": _completion,
+        "launch": _launch,
     }  # fmt: skip
 
 
@@ -355,6 +357,12 @@ def _reproduce(args: list[str]) -> int:
     from preftune.cli_reproduce import reproduce
 
     return reproduce(args)
+
+
+def _launch(args: list[str]) -> int:
+    from preftune.cli_launch import launch
+
+    return launch(args)
 
 
 def _import_trl(args: list[str]) -> int:

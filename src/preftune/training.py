@@ -113,7 +113,7 @@ def _train(
         held.enter_context(RunFolder.held(parts.output))
         RunFolder.check_free(parts.output)
     folder = resuming.open_folder(parts, resolved_config(parts, settings))
-    if config.trackers:
+    if config.trackers and current().main:
         follow = trackers.following(config.trackers, folder, folder.read_config())
         tell = teller((*callbacks, held.enter_context(follow)))
     keep_answers(parts, folder)

@@ -42,6 +42,8 @@ def assert_alike(found: Path, expected: Path) -> None:
     rows, others = metrics(found), metrics(expected)
     assert len(rows) == len(others) > 3
     for row, other in zip(rows, others, strict=True):
+        if 0 < row["step"] < others[-1]["step"]:  # an earlier end has an evaluation of its own
+            row, other = ({k: v for k, v in x.items() if "eval" not in k} for x in (row, other))
         assert row.keys() == other.keys()
         for name, value in other.items():
             if isinstance(value, float):
@@ -115,10 +117,10 @@ def test_a_killed_process_ends_the_other(
 
         update = loop.update
 
-        def dying(run: loop.State, *args: Any) -> Any:
+        def dying(run: loop.State, *args: Any, **more: Any) -> Any:
             if rank == victim and run.step == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return update(run, *args)
+            return update(run, *args, **more)
 
         loop.update = dying
 
@@ -174,10 +176,10 @@ def test_a_signal_to_one_saves_all(
 
         update = loop.update
 
-        def asked(run: loop.State, *args: Any) -> Any:
+        def asked(run: loop.State, *args: Any, **more: Any) -> Any:
             if rank == 1 and run.step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return update(run, *args)
+            return update(run, *args, **more)
 
         loop.update = asked
 
