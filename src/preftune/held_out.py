@@ -184,9 +184,7 @@ def _in_full(
     if pieces is not None:
         found |= retention(parts.policy, reference, pieces, budget)
     if server is not None:
-        found |= current().by_main(
-            lambda: judge_figures(server, answers, baseline, rows, renderer)
-        )
+        found |= current().by_main(lambda: judge_figures(server, answers, baseline, rows, renderer))
     return found
 
 

@@ -81,7 +81,9 @@ def launch(
         started.logs[rank].with_suffix(".code").unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
-            _child(args, started.logs[rank], {**own, **(environment or {})}, lambda r=rank: before(r))
+            _child(
+                args, started.logs[rank], {**own, **(environment or {})}, lambda r=rank: before(r)
+            )
         started.pids.append(pid)
     return started
 

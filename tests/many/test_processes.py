@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from processes import FSDP, launch, metrics
+from safetensors.torch import load_file
 
 STRATEGIES: Mapping[str, Mapping[str, str]] = {"ddp": {}, "fsdp": FSDP}
 SETTINGS = {
@@ -25,7 +24,9 @@ SETTINGS = {
 def run(train: Callable[..., list[str]], here: Path) -> Callable[..., Path]:
     """Train in so many processes; the folder."""
 
-    def do(name: str, size: int, *more: str, env: Mapping[str, str] | None = None, **changes: str) -> Path:
+    def do(
+        name: str, size: int, *more: str, env: Mapping[str, str] | None = None, **changes: str
+    ) -> Path:
         args = train(*more, **{**SETTINGS, "output": name, **changes})
         started = launch(args, here / "logs" / name, size, env)
         codes = started.wait()
@@ -82,7 +83,9 @@ def test_weights_are_spread(train: Callable[..., list[str]], here: Path) -> None
             moments = [s["exp_avg"] for s in run.optimizer.state_dict()["state"].values()]
             assert len(moments) == len(weights)
             assert all(isinstance(x, DTensor) for x in (*weights, *moments))
-            whole, own = (sum(x.numel() for x in xs) for xs in (weights, [w.to_local() for w in weights]))
+            whole, own = (
+                sum(x.numel() for x in xs) for xs in (weights, [w.to_local() for w in weights])
+            )
             Path(f"held{rank}.json").write_text(json.dumps([own, whole]))
             return start(run, folder)
 

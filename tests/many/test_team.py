@@ -2,19 +2,16 @@
 threads; `test_processes` has the processes themselves."""
 
 import threading
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from threads import team_of
 
 from preftune.errors import Elsewhere, GuardStop, UserError
-from preftune.measures import numbers
-from preftune.rounds import group_terms
 from preftune.samples import Samples
 from preftune.team import Team
 from tables import Table, begin, by_arm, gradient, make_world, row_of
-from threads import team_of
 
 ROWS = ("dpo", "hypo", "ppo", "rloo", "on_policy_dpo", "best_of_n", "kto", "reward")
 
@@ -168,15 +165,13 @@ def test_passes_that_do_not_count_change_nothing(name: str) -> None:
         world = make_world(name, batch_size=5, micro_batch_tokens=7)
         run, _ = begin(row_of(name), world)
         loss, figures = gradient(run.groups, world, 0)
-        grads = [
-            sum(team.gather(p.grad)) for _, p in world.policy.named_parameters()
-        ]
+        grads = [sum(team.gather(p.grad)) for _, p in world.policy.named_parameters()]
         return {"loss": loss, "grads": grads}
 
     for found in team_of(2, work, sharded=True):
         assert isinstance(found, dict), found
         assert torch.allclose(found["loss"], expected["loss0"])
-        for (n, g) in zip([k for k in expected if k.endswith("logits0")], found["grads"]):
+        for n, g in zip([k for k in expected if k.endswith("logits0")], found["grads"]):
             assert torch.allclose(g, expected[n])
 
 
