@@ -239,7 +239,12 @@ def _weights(config: Config) -> torch.dtype:
 
 
 def check_adapter(config: Config) -> None:
-    """Refuse an adapter that this machine cannot train, before anything is loaded."""
+    """Refuse an adapter that cannot be trained here, before anything is loaded."""
+    if config.adapter is not None and current().sharded:
+        raise UserError(
+            "adapter: not with FSDP, where the reference is a model of its own. Launch with "
+            "--multi_gpu (DDP): an adapter has few weights to spread."
+        )
     if config.adapter is not None:
         adapters.check_quantize(config.adapter.quantize, config.device)
 

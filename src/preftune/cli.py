@@ -59,11 +59,7 @@ def run(args: Sequence[str]) -> int:
         SIGUSR1, 130 interrupted.
     """
     try:
-        if startup.place()[1] > 1:
-            return _as_one_of_many(list(args))
-        return _dispatch(list(args))
-    except Elsewhere as ended:
-        return ended.code
+        return _as_one_of_many(list(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,7 +72,7 @@ def run(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # tyro: 0 after --help, 2 after a wrong flag
+    except (SystemExit, Elsewhere) as stop:  # tyro: 0 after --help, 2 after a wrong flag
         return exit_code(stop)
     except BrokenPipeError:
         return 0
@@ -91,7 +87,9 @@ def run(args: Sequence[str]) -> int:
 
 
 def _as_one_of_many(args: list[str]) -> int:
-    """A command that several processes do together; the main one speaks."""
+    """The command, which several processes may do together; the main one speaks."""
+    if startup.place()[1] == 1:
+        return _dispatch(args)
     with ExitStack() as held:
         if startup.place()[0]:
             held.enter_context(redirect_stdout(held.enter_context(open(os.devnull, "w"))))

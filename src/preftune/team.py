@@ -103,7 +103,7 @@ class Team:
         if self.size == 1 or self._over:
             return error
         self._over = True
-        found = self._tell(_Ended(str(error), exit_code(error)))
+        found = self._heard(_Ended(str(error), exit_code(error)))
         if isinstance(found, RuntimeError):  # what failed was waiting for a process that is gone
             return _lost()
         first = next((rank for rank, x in enumerate(found) if isinstance(x, _Ended)), self.rank)
@@ -111,17 +111,21 @@ class Team:
             return error
         return Elsewhere(found[first].message, found[first].code)
 
-    def _tell(self, ended: _Ended) -> list[Any] | RuntimeError:
-        """What the others said meanwhile; nothing where they do not listen in time."""
+    def wait_for_an_end(self) -> None:
+        """Until another process has ended, or for a while."""
+        self._heard(None)
+
+    def _heard(self, value: Any) -> list[Any] | RuntimeError:
+        """What the others say in return for the value; nothing where they do not listen in time."""
         heard: list[list[Any] | RuntimeError] = []
 
-        def tell() -> None:
+        def exchange() -> None:
             try:
-                heard.append(self._exchange(ended))
+                heard.append(self._exchange(value))
             except RuntimeError as error:
                 heard.append(error)
 
-        thread = threading.Thread(target=tell, daemon=True)
+        thread = threading.Thread(target=exchange, daemon=True)
         thread.start()
         thread.join(PATIENCE)
         return heard[0] if heard else []
@@ -175,8 +179,8 @@ class Team:
         """Make every process's gradients the sum over all. Of sharded weights it has been made."""
         if self.size == 1 or self.sharded:
             return
-        has = [any(x) for x in zip(*self.gather([p.grad is not None for p in parameters]))]
-        reached = [p for p, any_of in zip(parameters, has, strict=True) if any_of]
+        has = self.gather([p.grad is not None for p in parameters])
+        reached = [p for p, *any_of in zip(parameters, *has, strict=True) if any(any_of)]
         for p in reached:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -192,7 +196,8 @@ def _lost() -> UserError:
     )
 
 
-_team: ContextVar[Team] = ContextVar("team", default=Team())
+_ALONE = Team()
+_team: ContextVar[Team] = ContextVar("team", default=_ALONE)  # noqa: B039 - alone, it never changes
 
 
 def current() -> Team:
@@ -226,8 +231,14 @@ def together() -> Iterator[Team]:
     if startup.place()[1] == 1 or current().size > 1:
         yield current()
         return
-    with working(_join()) as team:
-        yield team
+    team = _join()
+    try:
+        with working(team):
+            yield team
+    except Elsewhere:
+        # a launcher ends all when the first has ended: not before the one who says why
+        team.wait_for_an_end()
+        raise
 
 
 def _join() -> Team:
@@ -257,10 +268,15 @@ def _join() -> Team:
     )  # fmt: skip
 
 
+_OTHERS = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM"}
+
+
 def _is_sharded() -> bool:
     """What Accelerate was told of the strategy, by its launcher's variables."""
-    if _is_on("ACCELERATE_USE_MEGATRON_LM"):
-        raise UserError("Megatron-LM is not supported. Choose DDP or FSDP2 in accelerate's config.")
+    for name, variable in _OTHERS.items():
+        if _is_on(variable):
+            raise UserError(f"{name} is not supported. Launch with --multi_gpu (DDP), or with "
+                            "--use_fsdp --fsdp_version 2.")  # fmt: skip
     if not _is_on("ACCELERATE_USE_FSDP"):
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":

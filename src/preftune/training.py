@@ -154,6 +154,7 @@ def execute(
     if keeps_reference(parts):
         world = _with_known(parts, world, settings, tell)
     team = current()
+    _check_alike(parts, settings)
     if team.sharded:
         parts.model.shard(team.size)
     state = loop.start(parts.method, world, settings)
@@ -185,6 +186,22 @@ def execute(
     _take_best(state, folder, tell)
     if keep_model:
         _save_model(parts, folder)
+
+
+def _check_alike(parts: Parts, settings: loop.Settings) -> None:
+    """Every process must have loaded the same: on several machines, files may differ."""
+    team = current()
+    if team.size == 1:
+        return
+    rows = [(len(r), sum(map(len, r.prompts))) for r in (parts.data, parts.prompts) if r]
+    weights = [float(p.detach().double().sum()) for p in parts.model.model.parameters()]
+    held = fingerprint.as_json([rows, weights, asdict(settings)])
+    other = [rank for rank, x in enumerate(team.gather(held)) if x != held]
+    if other:
+        raise UserError(
+            f"processes {team.rank} and {other[0]} loaded different weights, data or settings. "
+            "Give all machines the same files and the same version of preftune."
+        )
 
 
 def _asked(signals: Signals) -> int | None:

@@ -1,4 +1,4 @@
-"""`preftune launch`: what it would run or submit, compared with files that were read by a person."""
+"""`preftune launch`: what it would run or submit, compared with files that a person has read."""
 
 from collections.abc import Callable
 from pathlib import Path

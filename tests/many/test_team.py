@@ -10,7 +10,7 @@ from threads import team_of
 
 from preftune.errors import Elsewhere, GuardStop, UserError
 from preftune.samples import Samples
-from preftune.team import Team
+from preftune.team import Team, working
 from tables import Table, begin, by_arm, gradient, make_world, row_of
 
 ROWS = ("dpo", "hypo", "ppo", "rloo", "on_policy_dpo", "best_of_n", "kto", "reward")
@@ -48,8 +48,8 @@ def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert close, (name, other, value)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.long
+@pytest.mark.parametrize("size, name", [*((2, name) for name in ROWS), (3, "ppo")])
 def test_updates_are_those_of_one_process(name: str, size: int) -> None:
     expected = two_updates(name)
     for found in team_of(size, lambda team: two_updates(name)):
@@ -57,6 +57,7 @@ def test_updates_are_those_of_one_process(name: str, size: int) -> None:
         assert_alike(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dpo", "hypo"])
 def test_more_processes_than_prompts(name: str) -> None:
     few = Table(rows=((0, 1), (2, 3)))
@@ -156,6 +157,7 @@ def test_sharded_passes_are_as_many_in_every_process() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dpo", "hypo"])
 def test_passes_that_do_not_count_change_nothing(name: str) -> None:
     """Sharded weights' gradients are summed by the passes themselves: here by hand."""
@@ -171,7 +173,8 @@ def test_passes_that_do_not_count_change_nothing(name: str) -> None:
     for found in team_of(2, work, sharded=True):
         assert isinstance(found, dict), found
         assert torch.allclose(found["loss"], expected["loss0"])
-        for n, g in zip([k for k in expected if k.endswith("logits0")], found["grads"]):
+        names = [k for k in expected if k.endswith("logits0")]
+        for n, g in zip(names, found["grads"], strict=True):
             assert torch.allclose(g, expected[n])
 
 
@@ -180,3 +183,24 @@ def test_pieces_are_a_multiple_of_the_processes() -> None:
     assert Team(0, 2).piece(100, None) == 50
     assert Team(0, 2).piece(100, 40) == 25  # three passes would be one too few
     assert Team(0, 4).piece(3, None) == 1
+
+
+@pytest.mark.parametrize(
+    "variables, what",
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "--fsdp_version 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
+    ],
+)
+def test_other_strategies_are_refused(
+    variables: dict[str, str], what: str, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert what in refused("train", "--data", "pairs.jsonl")
+
+
+def test_sharded_adapters_are_refused(refused: Any, train: Any) -> None:
+    with working(Team(sharded=True)):
+        assert "not with FSDP" in refused(*train("--adapter", "lora"))

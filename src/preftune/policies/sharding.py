@@ -36,12 +36,15 @@ def shard(trunk: Any, heads: Iterable[torch.nn.Module], size: int) -> None:
 
     mesh = init_device_mesh(trunk.device.type, (size,))
     entrance = _Entrance([trunk.model, *heads])
-    for part in (*blocks_of(trunk.whole.base_model), entrance):
+    parts: list[Any] = [*blocks_of(trunk.whole.base_model), entrance]
+    for part in parts:
         fully_shard(part, mesh=mesh)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     entrance(lambda: None)  # settles which is the root, before a sampler calls a block
-    entrance.reshard()  # a root stays gathered behind a pass, and the optimizer is to see its parts
+    parts[
+        -1
+    ].reshard()  # a root stays gathered behind a pass, and the optimizer is to see its parts
     trunk.through = entrance
 
 
