@@ -8,6 +8,8 @@ import pytest
 import torch
 from threads import team_of
 
+from preftune import building
+from preftune.config import Adapter, Config
 from preftune.errors import Elsewhere, GuardStop, UserError
 from preftune.samples import Samples
 from preftune.team import Team, working
@@ -201,6 +203,8 @@ def test_other_strategies_are_refused(
     assert what in refused("train", "--data", "pairs.jsonl")
 
 
-def test_sharded_adapters_are_refused(refused: Any, train: Any) -> None:
-    with working(Team(sharded=True)):
-        assert "not with FSDP" in refused(*train("--adapter", "lora"))
+def test_sharded_adapters_are_refused() -> None:
+    settings = Config(adapter=Adapter(kind="lora"))
+    building.check_adapter(settings)
+    with working(Team(sharded=True)), pytest.raises(UserError, match="not with FSDP"):
+        building.check_adapter(settings)
