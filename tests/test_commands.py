@@ -58,6 +58,8 @@ def smaller(line: str) -> list[str]:
         arguments += ["--max-steps", "2", "--batch-size", "2"]
     if arguments[0] in ("compare", "diagnose") and "--budget" not in arguments:
         arguments += ["--budget", "30s"]
+    if arguments[0] == "launch":  # tests/many launches
+        arguments.insert(1, "--dry-run")
     if arguments[0] == "compare":
         arguments += ["--batch-size", "2", "--max-new-tokens", "8"]
     return arguments + (["--list"] if arguments[0] == "reproduce" else [])

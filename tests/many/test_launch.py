@@ -1,5 +1,7 @@
 """`preftune launch`: what it would run or submit, compared with files that a person has read."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +30,6 @@ def test_the_shell_reads_the_command_as_it_was_given(
     here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The script itself, run by bash, with the cluster's programs played by functions."""
-    import subprocess
-
     cli.run(["launch", "--dry-run", *CASES["slurm.sh"], *TRAIN])
     script = capfd.readouterr().out
     (here / "bin").mkdir()
@@ -74,3 +74,18 @@ def test_mistakes(args: list[str], what: str, refused: Callable[..., str]) -> No
 def test_no_sbatch_here(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "no 'sbatch'" in refused("launch", "--slurm", *TRAIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data, code", [(None, 0), ("nowhere.jsonl", 2)])
+def test_two_processes_by_accelerate(
+    train: Callable[..., list[str]], here: Path, data: str | None, code: int
+) -> None:
+    """What a user types, with the exit code and the one message of preftune itself."""
+    command = train(**({} if data is None else {"data": data}))
+    words = [sys.executable, "-m", "preftune", "launch", "--gpus", "2", "--", *command]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count("model: ") == (code == 0)
+    assert done.stderr.count("error: ") == (code == 2) and "Traceback" not in done.stderr
+    assert (here / "out" / "model").is_dir() == (code == 0)
