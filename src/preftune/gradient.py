@@ -94,8 +94,13 @@ def _as_it_fits(
         try:
             total = _accumulate(todo, world, budget, own)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or team.sharded:  # a sharded pass waits for all
+            if not out_of_memory(error):
                 raise
+            if team.sharded:  # the others are in the middle of this pass
+                raise UserError(
+                    f"out of memory in passes of {budget} tokens. Lower micro_batch_tokens, or set "
+                    "activation_checkpointing: on."
+                ) from error
         # behind the handler, whose traceback holds the activations
         shares = [(x, m) for x, m in team.gather((total, own)) if x is not None]
         if len(shares) == team.size:
