@@ -6,7 +6,7 @@ from preftune.config import TRACKERS, Adapter
 from preftune.from_trl.rules import Notes, Ours, Settings, Theirs
 
 BITS = {"load_in_4bit": "4bit", "load_in_8bit": "8bit"}
-_USUAL = Adapter()
+_USUAL = Adapter.model_fields["target_modules"].default
 _NOT_TAKEN = {
     "lora_target_parameters": "modules alone are named: target_modules",
     "lora_modules_to_save": "nothing is trained beside the adapter but a score or value head",
@@ -26,7 +26,7 @@ def adapter_there(theirs: Theirs) -> tuple[Settings, Notes]:
         "kind": kind,
         "rank": theirs.whole("lora_r", least=1),
         "alpha": theirs.number("lora_alpha", least=0),
-        "target_modules": values["lora_target_modules"] or _USUAL.target_modules,
+        "target_modules": values["lora_target_modules"] or _USUAL,
         "quantize": bits,
     }
     notes = {name: why for name, why in _NOT_TAKEN.items() if values[name]}
