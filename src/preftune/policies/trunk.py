@@ -60,6 +60,8 @@ class Trunk:
                 "another that changes the weights."
             )
         self.compiled = self.narrowed = False
+        self.to_come = 0
+        """Bytes that the models of its run will still take of the free memory."""
         self.window = share_window(model)
         self.packing = packing is not False and self._can_pack()
         if packing and not self.packing:
