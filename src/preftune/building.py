@@ -128,9 +128,7 @@ def _faster_in_bfloat16(device: torch.device) -> bool:
     return best[torch.float32] > 1.5 * best[torch.bfloat16]
 
 
-def autocast_of(
-    dtype: str, model: Any, device: torch.device | None = None
-) -> torch.dtype | None:
+def autocast_of(dtype: str, model: Any, device: torch.device | None = None) -> torch.dtype | None:
     """The trunk's compute type under float32 weights; None is the weights' own.
 
     Args:
@@ -140,9 +138,9 @@ def autocast_of(
         return torch.bfloat16
     if dtype != "auto":
         return None
-    device = next(model.parameters()).device if device is None else device
+    place = device or next(model.parameters()).device
     large = sum(p.numel() for p in model.parameters()) > SMALL_MODEL
-    return torch.bfloat16 if large and _faster_in_bfloat16(device) else None
+    return torch.bfloat16 if large and _faster_in_bfloat16(place) else None
 
 
 CONTROLS = ("[bad]\n", "[good]\n")
@@ -259,7 +257,9 @@ def _placed(config: Config, model: Any) -> Any:
 
 def _adapted(config: Config, model: Any, *, scores: bool = False) -> Any:
     """`adapted`, in its place and type."""
-    return model if config.adapter is None else _placed(config, adapted(config, model, scores=scores))
+    return (
+        model if config.adapter is None else _placed(config, adapted(config, model, scores=scores))
+    )
 
 
 def adapted(config: Config, model: Any, *, scores: bool = False) -> Any:

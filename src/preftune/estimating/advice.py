@@ -9,13 +9,15 @@ from preftune.config import Config
 from preftune.errors import UserError
 from preftune.estimating.counts import Rehearsal, counted, rehearsal
 from preftune.estimating.memory import Memory, memory
+from preftune.loading import DEFAULT_MAX_LENGTH
 
 ROWS = 2000
 """Of the data that are gone through for a change: their longest stand for all."""
 UPDATES = 32
 _HELPS = 0.01
 """Of the peak, what a change must save to be named."""
-_LEAST_LENGTH = 128
+LEAST = 64
+"""Tokens of a row or micro-batch below which nothing is suggested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +39,20 @@ class Change:
     def in_words(self) -> str:
         """As flags."""
         return " ".join(
-            f"--set {name}={_plain(value)}"
-            if "." in name or isinstance(value, bool)
-            else f"--{name.replace('_', '-')} {value}"
-            for name, value in self.settings.items()
+            f"--set {path}={value}" if "." in path else f"--{path.replace('_', '-')} {value}"
+            for path, value in _flat(self.settings)
         )
 
 
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Paths and values, as they are typed."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", str(inner)) for key, inner in value.items())
+        elif value is None:
+            yield f"{name}", "(leave it out)"
+        else:
+            yield name, str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def changes(
@@ -61,7 +68,7 @@ def changes(
     costs: list[str] = []
     for settings, cost in _candidates(config, of):
         alone = _tried(config, settings, cost, overrides)
-        if alone is None or alone.peak > (1 - _HELPS) * now.peak:
+        if alone is None or alone.peak >= (1 - _HELPS) * now.peak:
             continue
         found.append(alone)
         if alone.fits:
@@ -79,32 +86,27 @@ def changes(
 
 def _candidates(config: Config, of: Rehearsal) -> Iterator[tuple[dict[str, Any], str]]:
     """Settings and what they cost, in order of that."""
-    parts = of.parts
-    if config.dtype == "float64":
-        yield {"dtype": "auto"}, "nothing but digits"
-    budget = parts.micro_batch_tokens or 0
-    for share in (4, 16):
-        if budget // share >= 64:
-            yield {"micro_batch_tokens": budget // share}, "the same results; a little slower"
-    if config.reference_cache is False:
-        yield {"reference_cache": True}, "a file on the disk"
-    if config.dtype == "float32":
-        yield {"dtype": "bfloat16"}, "products are rounded"
-    if config.save_every is not None:
-        yield {"save_every": None}, "a checkpoint is written only when the run is interrupted"
-    if not config.activation_checkpointing:
-        yield {"activation_checkpointing": True}, "about a third more time in training"
-    if config.adapter is None:
-        yield {"adapter": "lora"}, "fewer directions are learnt; another learning rate"
-    if of.model.trunk.device.type == "cuda":
-        four = {"adapter": {"kind": "lora", "quantize": "4bit"}}
-        yield four, "the base model is rounded to 4 bits"
-    samples = max(t.source.num_responses for t in parts.method.terms if t.source.draws or True)
-    if any(t.source.on_policy for t in parts.method.terms) and samples > 2:
-        yield {"samples_per_prompt": max(2, samples // 2)}, "noisier gradients"
-    length = config.max_length or 1024
-    if length // 2 >= _LEAST_LENGTH:
-        yield {"max_length": length // 2}, "longer rows are dropped"
+    sources = [t.source for t in of.parts.method.terms]
+    budget = of.parts.micro_batch_tokens or 0
+    samples = max((s.num_responses for s in sources if s.on_policy), default=0)
+    length = config.max_length or DEFAULT_MAX_LENGTH
+    four = {"adapter": {"kind": "lora", "quantize": "4bit"}}
+    less = "the same results, a little slower"
+    table: list[tuple[bool, dict[str, Any], str]] = [
+        (config.dtype == "float64", {"dtype": "auto"}, "digits that training does not need"),
+        (budget // 4 >= LEAST, {"micro_batch_tokens": budget // 4}, less),
+        (budget // 16 >= LEAST, {"micro_batch_tokens": budget // 16}, less),
+        (config.reference_cache is False, {"reference_cache": True}, "a file on the disk"),
+        (config.dtype == "float32", {"dtype": "bfloat16"}, "products are rounded"),
+        (config.save_every is not None, {"save_every": None}, "checkpoints at interruptions only"),
+        (not config.activation_checkpointing, {"activation_checkpointing": True},
+         "about a third more time in training"),
+        (config.adapter is None, {"adapter": "lora"}, "fewer directions to learn in"),
+        (of.model.trunk.device.type == "cuda", four, "a base model rounded to 4 bits"),
+        (samples > 2, {"samples_per_prompt": max(2, samples // 2)}, "noisier gradients"),
+        (length // 2 >= LEAST, {"max_length": length // 2}, "longer rows are dropped"),
+    ]  # fmt: skip
+    return ((settings, cost) for applies, settings, cost in table if applies)
 
 
 def _tried(

@@ -119,9 +119,7 @@ def rehearsal(
             other = huggingface.outline(config.reference, torch.float32)
     model.trunk.to_come = loaded_bytes(parts, other)
     parts.micro_batch_tokens = row_budget(config, model.trunk)
-    return Rehearsal(
-        parts=parts, settings=make_settings(parts), model=model, named_reference=other
-    )
+    return Rehearsal(parts=parts, settings=make_settings(parts), model=model, named_reference=other)
 
 
 def counted_reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:

@@ -94,7 +94,8 @@ def estimate(
                 counts = counted(of, probing.lengths_of(probed, most))
                 found = memory(of, counts)
                 assumed = {
-                    "of": len(probed.lengths), "mean": mean,
+                    "of": len(probed.lengths),
+                    "mean": mean,
                     "finished": sum(probed.finished) / len(probed.finished),
                 }
     if not rates.measured:

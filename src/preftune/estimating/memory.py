@@ -171,7 +171,7 @@ class _Sizes:
             prepared=2 * sum(m.weight.numel() for m in linear) if layouts else 0,
             vocabulary=text.vocab_size, width=text.hidden_size,
             head=0 if head is None else head.weight.numel(),
-            head_trained=head.weight.numel() if head is not None and head.weight.requires_grad else 0,
+            head_trained=0 if head is None else head.weight.numel() * head.weight.requires_grad,
             chunk=CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"]),
             cache_token=2 * blocks * heads * each * (2 if half else 4),
         )  # fmt: skip

@@ -209,7 +209,9 @@ def _as_responses(rows: Any, few: torch.Tensor) -> Any:
     from preftune.samples import Samples, pad_stack
 
     halves = [rows.prompts[int(i)] for i in few]
-    prompt, prompt_mask = pad_stack([torch.tensor(p[: -(len(p) // 2) or None]) for p in halves], left=True)
+    prompt, prompt_mask = pad_stack(
+        [torch.tensor(p[: -(len(p) // 2) or None]) for p in halves], left=True
+    )
     tokens, mask = pad_stack([torch.tensor(p[len(p) - max(1, len(p) // 2) :]) for p in halves])
     shape = (len(halves), 1)
     return Samples(
