@@ -149,6 +149,17 @@ def activation_bytes(
     Args:
         model: on the meta device.
     """
+    shapes = [(n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()]
+    key = str((model.config.to_json_string(), shapes, autocast, recomputed))
+    if key not in _told:  # a moment's work, which every change that is tried would do again
+        _told[key] = _activation_bytes(model, autocast, recomputed)
+    return _told[key]
+
+
+_told: dict[str, float] = {}
+
+
+def _activation_bytes(model: Any, autocast: torch.dtype | None, recomputed: bool) -> float:
     kept, twin = [], copy.deepcopy(model)
     with FakeTensorMode():
         _fill(twin)

@@ -18,7 +18,7 @@ from preftune import automatic, building, phases
 from preftune.config import Config
 from preftune.estimating.counts import Counts, Rehearsal, asks_a_judge, counted_reward
 from preftune.estimating.hollow import Draw, observed
-from preftune.estimating.times import Rates, spread_of
+from preftune.estimating.times import START, Rates, spread_of
 from preftune.gradient import gradient
 from preftune.method import Method, configure
 from preftune.numerics import stream_key, uniform
@@ -93,7 +93,7 @@ def probe(
         step=median(t.step for t in timed), forward=forward,
         prefill=drawn.prefill, decode_step=drawn.step, decode_row=drawn.row,
         reward=_rate([(t.seconds.get("reward", 0.0), t.judged) for t in timed]),
-        idle=median(t.idle for t in timed), load=load,
+        idle=median(t.idle for t in timed), load=START + load,
         spread=spread_of(t.seconds.get("train", 0.0) / max(1, t.tokens) for t in timed),
         measured=True,
     )  # fmt: skip

@@ -16,8 +16,10 @@ _READ = {"cpu": 1e10, "cuda": 2e12}
 """Bytes a second, roughly, at which decoding reads the weights."""
 _WRITTEN = 2e8
 """Bytes a second, roughly, at which a model or checkpoint is written, checked and synchronised."""
+START = 3.0
+"""Seconds, roughly, of starting Python with its libraries."""
 _LOAD = 10.0
-"""Seconds, roughly, of loading libraries, model and data."""
+"""Seconds, roughly, of that and of loading model and data."""
 _REPORT = 1.0
 """Seconds of the report."""
 
