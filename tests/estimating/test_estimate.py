@@ -84,6 +84,12 @@ def test_rows_that_sample_draw_as_many_and_are_judged_as_often(
     assert drawn >= sum(t.get("decode", 0) for t in tokens) > 0.5 * drawn
 
 
+def test_pairs_of_fresh_samples_are_trained_on(given: Settings) -> None:
+    """None of them ties, though no reward was asked."""
+    _, counts = counts_of(given | {"method": "on_policy_dpo", "reward": "length:within=2"})
+    assert [bool(u.tokens["train"]) for u in counts.updates] == [True] * 4
+
+
 def test_passes_are_as_large_as_the_model_is_given_them(given: Settings) -> None:
     """Padding with them, by the layout of a real trunk."""
     for layout in ({"share_prefix": False}, {"packing": False, "share_prefix": True}):
