@@ -53,7 +53,7 @@ def row_budget(config: Config, trunk: Any) -> int | None:
     """Tokens of one forward and backward pass: what fits, on a CPU no more than it gains from."""
     if config.micro_batch_tokens is not None:
         return config.micro_batch_tokens
-    fits = int(FREE_SHARE * free_memory(trunk.device) / max(1.0, trunk.activation_bytes()))
+    fits = int(_for_activations(trunk) / max(1.0, trunk.activation_bytes()))
     least = CPU_ROW_BUDGET if trunk.device.type == "cpu" else MOST_ROW_BUDGET
     return max(1, min(least, fits))
 
@@ -82,7 +82,12 @@ def recomputes(config: Config, trunk: Any, longest: float) -> bool:
     the longest row is not expected to fit."""
     if config.activation_checkpointing is not None:
         return config.activation_checkpointing
-    return longest * trunk.activation_bytes() > FREE_SHARE * free_memory(trunk.device)
+    return longest * trunk.activation_bytes() > _for_activations(trunk)
+
+
+def _for_activations(trunk: Any) -> float:
+    """Bytes, those left out that the models will take first."""
+    return FREE_SHARE * max(0, free_memory(trunk.device) - trunk.to_come)
 
 
 def apply(trunk: Any, *, compiled: bool, recomputed: bool) -> None:

@@ -137,16 +137,20 @@ def _faster_in_bfloat16(device: torch.device) -> bool:
     return best[torch.float32] > 1.5 * best[torch.bfloat16]
 
 
-def autocast_of(dtype: str, model: Any) -> torch.dtype | None:
-    """The trunk's compute type under float32 weights; None is the weights' own."""
+def autocast_of(dtype: str, model: Any, device: torch.device | None = None) -> torch.dtype | None:
+    """The trunk's compute type under float32 weights; None is the weights' own.
+
+    Args:
+        device: where it will be; None: it is there.
+    """
     if dtype == "bfloat16":
         return torch.bfloat16
     if dtype != "auto":
         return None
-    device = next(model.parameters()).device
+    place = device or next(model.parameters()).device
     large = sum(p.numel() for p in model.parameters()) > SMALL_MODEL
     # what is timed may differ from process to process
-    return torch.bfloat16 if large and current().agreed(_faster_in_bfloat16(device)) else None
+    return torch.bfloat16 if large and current().agreed(_faster_in_bfloat16(place)) else None
 
 
 CONTROLS = ("[bad]\n", "[good]\n")
@@ -216,7 +220,10 @@ def asking_for_good(tokenizer: Any) -> Any:
 def make_model(
     config: Config, model: Any | None, tokenizer: Any | None, method: Method
 ) -> Transformer | RewardModel:
-    """What the method trains: a policy, or where it takes scores alone a reward model."""
+    """What the method trains: a policy, or where it takes scores alone a reward model; one that is
+    made already is taken as it is."""
+    if isinstance(model, Transformer | RewardModel):
+        return model
     if "score" not in method.outputs:
         return make_policy(config, model, tokenizer, method)
     loaded: Any = model
@@ -264,6 +271,13 @@ def _placed(config: Config, model: Any) -> Any:
 
 
 def _adapted(config: Config, model: Any, *, scores: bool = False) -> Any:
+    """`adapted`, in its place and type."""
+    return (
+        model if config.adapter is None else _placed(config, adapted(config, model, scores=scores))
+    )
+
+
+def adapted(config: Config, model: Any, *, scores: bool = False) -> Any:
     """The model with the adapter that is asked for."""
     asked = config.adapter
     if asked is None:
@@ -272,7 +286,7 @@ def _adapted(config: Config, model: Any, *, scores: bool = False) -> Any:
         kind=asked.kind, rank=asked.rank, alpha=asked.alpha, seed=config.seed, scores=scores,
         target_modules=asked.target_modules,
     )  # fmt: skip
-    return _placed(config, adapters.attach(model, recipe))
+    return adapters.attach(model, recipe)
 
 
 def make_policy(

@@ -24,6 +24,7 @@ HELP = """usage: preftune COMMAND [--help]
   diagnose     what reference, data and reward look like, and which method that suggests
   compare      several methods at the same budget, several seeds: which one, and by how much
   advise-study what that suggestion is worth, on problems drawn or given
+  estimate     memory and time of a run before it runs; what to change where it will not fit
   inspect      template, tokens, loss mask and end token of real rows, before any training
   pipeline     the papers' critical path: imitate, learn a reward, optimise it, judge by another
   reproduce    the papers' claims, run again: claim, measured, verdict
@@ -46,7 +47,7 @@ def main() -> None:
 
 _COMPUTING = {
     "quickstart", "train", "diagnose", "advise-study", "reward", "evaluate", "sample", "reproduce",
-    "pipeline", "compare",
+    "pipeline", "compare", "estimate",
 }  # fmt: skip
 """Commands whose time is that of large tensors."""
 
@@ -122,7 +123,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "quickstart": _quickstart, "methods": _methods, "train": train,
         "reward": reward, "evaluate": _evaluate,
         "sample": _sample, "label": _label, "diagnose": _diagnose, "advise-study": _advise_study,
-        "compare": _compare,
+        "compare": _compare, "estimate": _estimate,
         "inspect": _inspect,
         "pipeline": _pipeline, "reproduce": _reproduce, "report": _report,
         "merge": _merge, "env": _env,
@@ -292,6 +293,12 @@ def _diagnose(args: list[str]) -> int:
     from preftune.cli_diagnose import diagnose
 
     return diagnose(args)
+
+
+def _estimate(args: list[str]) -> int:
+    from preftune.cli_estimate import estimate
+
+    return estimate(args)
 
 
 def _inspect(args: list[str]) -> int:

@@ -201,6 +201,35 @@ def load_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
     return _load_weights(AutoModelForCausalLM, resolve_model(name), dtype, **options)
 
 
+def outline(name: str, dtype: torch.dtype, *, scores: bool = False) -> Any:
+    """A model of random weights by its configuration alone: nothing of its files is read. Make it
+    where tensors take no memory, as `torch.device("meta")`.
+
+    Args:
+        scores: with a head of one score, in place of the one for tokens.
+
+    Raises:
+        UserError: no such model, or transformers has none of this kind.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        GenerationConfig,
+    )
+
+    folder = resolve_model(name)
+    config: Any = _load(AutoConfig, folder)
+    if scores and not _is_classifier(config):
+        _check_architecture(config, name)
+        config.num_labels = 1
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = _said(name, lambda: auto.from_config(config, dtype=dtype, trust_remote_code=False))
+    with suppress(OSError, ValueError):  # end ids stand in it
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
 def in_bits(quantize: str, device: torch.device) -> dict[str, Any]:
     """Options of `load_model` that keep linear layers in 4 (NF4, twice quantised) or 8 bits, with
     products in bfloat16; the head stays as it is."""

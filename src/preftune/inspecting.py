@@ -45,6 +45,45 @@ def estimates(found: Mapping[str, Mapping[str, Any]]) -> None:
     table("95 % intervals over prompts", ["figure", "value", "low", "high", "why not"], rows)
 
 
+def resources(found: Mapping[str, Any], changes: Sequence[str]) -> None:
+    """Print a run's memory and time as `estimate` found them.
+
+    Args:
+        changes: each of `found`'s, as flags.
+    """
+    memory, spent, facts = found["memory"], found["time"], found["facts"]
+    free = memory["free"]
+    rows = [[name, f"{size / 1e9:.2f}", ""] for name, size in memory["parts"].items()]
+    fullest = max(memory["stages"], key=lambda name: memory["stages"][name])
+    rows.append(["peak", f"{memory['peak'] / 1e9:.2f}", f"while it does: {fullest}"])
+    rows.append(["free now", f"{free / 1e9:.2f}", "" if found["fits"] else "it will not fit"])
+    table(f"Memory, GB ({facts['device']})", ["part", "GB", ""], rows)
+    total = spent["seconds"] or 1.0
+    rows = [
+        [name, f"{s['seconds']:.1f}", f"{s['seconds'] / total:.0%}", f"{s['tokens'] or ''}"]
+        for name, s in spent["stages"].items()
+    ]
+    rows.append(["in all", f"{total:.0f}", f"{spent['low']:.0f} to {spent['high']:.0f} s", ""])
+    how = "by a probe of the model itself" if spent["measured"] else "rough, from a table of rates"
+    title = f"Time of {facts['updates']} updates, {how}"
+    table(title, ["stage", "seconds", "share", "tokens"], rows)
+    answers = facts["responses"]
+    if answers is not None:
+        by = f"as {answers['of']} real ones were" if answers["of"] else "assumed: half of the limit"
+        print(f"sampled responses: {answers['mean']:.0f} tokens in the mean, {by}")
+    disk = found["disk"]
+    kept = f", {disk['checkpoints']} checkpoints of {disk['checkpoint'] / 1e9:.2f} GB each"
+    print(f"on disk: model {disk['model'] / 1e9:.2f} GB{kept if disk['checkpoints'] else ''}")
+    if changes:
+        cells = [
+            [flags, c["costs"], f"{c['peak'] / 1e9:.2f}", "yes" if c["fits"] else "no"]
+            for flags, c in zip(changes, found["changes"], strict=True)
+        ]
+        table("What would help", ["change", "costs", "peak, GB", "fits"], cells)
+    elif not found["fits"]:
+        print("Nothing that was tried helps. Take a smaller model.")
+
+
 def methods(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of methods with its axes."""
 

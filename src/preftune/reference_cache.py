@@ -15,7 +15,7 @@ checksum. A pass over all rows has the same key in every order of them, so it se
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -113,13 +113,10 @@ def attach(
     if obstacle(method, reference) is not None:
         return world
     assert isinstance(reference, Transformer), "no obstacle"
-    groups = group_terms(method)
-    readers = _readers(groups)
     tick = _seldom(tick)
     of_model = of_computation(reference, tick)
     tables: dict[Source, Table] = {}
-    for source in dict.fromkeys(g.source for g in readers):
-        plan = _plan([g for g in readers if g.source == source], world, updates, tick)
+    for plan in plans(world, method, updates, tick):
         meta = {"format": FORMAT, **of_model, "text": dict(text), "rows": plan.described()}
         if current().size > 1:  # who cut the blocks into other passes, which changes rounding
             meta["processes"] = current().size
@@ -139,13 +136,31 @@ def attach(
             )
             return world
         note(f"reference log-probs of {len(plan.rows)} rows, {scored} computed now: {folder}")
-        tables[source] = Table.of(plan, store)
+        tables[plan.group.source] = Table.of(plan, store)
 
     def known(source: Source, samples: Samples) -> Tensor | None:
         return tables[source].look_up(samples) if source in tables else None
 
-    needed = any(_asks(g) for g in groups if g not in readers)
-    return replace(world, known=known, reference=reference if needed else None)
+    return replace(world, known=known, reference=reference if still_asked(method) else None)
+
+
+def still_asked(method: Method) -> bool:
+    """Whether some round asks the reference itself, where its log-probs of the data are known."""
+    groups = group_terms(method)
+    readers = _readers(groups)
+    return any(_asks(g) for g in groups if g not in readers)
+
+
+def plans(
+    world: World,
+    method: Method,
+    updates: int,
+    tick: Tick = lambda stage, done, total: None,
+) -> Iterator["Plan"]:
+    """What is scored before so many updates: a plan for each source that reads the data."""
+    readers = _readers(group_terms(method))
+    for source in dict.fromkeys(g.source for g in readers):
+        yield _plan([g for g in readers if g.source == source], world, updates, tick)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,8 +55,8 @@ def counting_kept() -> Iterator[list[int]]:
 
     def count(x: Tensor) -> None:  # kept by its own node, a tensor would never be freed
         storage = x.untyped_storage()
-        if storage.data_ptr() not in held:
-            held[storage.data_ptr()] = storage
+        if storage._cdata not in held:  # an address would be 0 where nothing is allocated
+            held[storage._cdata] = storage
             total[0] += storage.nbytes()
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):

@@ -63,6 +63,8 @@ class Trunk:
         self.through: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
         """What calls passes with gradients; of weights that are spread over processes it gathers
         them (`preftune.policies.sharding`)."""
+        self.to_come = 0
+        """Bytes that the models of its run will still take of the free memory."""
         self.window = share_window(model)
         self.packing = packing is not False and self._can_pack()
         if packing and not self.packing:
