@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fake_judge import Judge
-from preftune import judge_server, train
+from preftune import asking, train
 from preftune.errors import UserError
 from preftune.judging import JudgeAnswers
 from preftune.resuming import resumed
@@ -20,7 +20,7 @@ from test_training import same, timeless
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    monkeypatch.setattr(judge_server, "_LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(asking, "_LONGEST_WAIT", 0.01)
     found = Judge()
     yield found
     found.stop()

@@ -5,37 +5,17 @@ first is taken. The key, if the server wants one, comes from PREFTUNE_JUDGE_KEY 
 never from a setting. A server that is gone is a user's error; one request that it refuses is not.
 """
 
-import json
 import os
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from typing import Any
 
+from preftune.asking import Again, Patience, Refused, address, once, patiently
 from preftune.errors import UserError
 from preftune.judge_answers import JudgeAnswers
 
 KEYS = ("PREFTUNE_JUDGE_KEY", "OPENAI_API_KEY")
-_LOCAL = {"localhost", "127.0.0.1", "::1"}
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
-"""Statuses that may pass."""
-_LONGEST_WAIT = 30.0
-_LARGEST = 2**22
-"""Bytes of an answer that are read: a letter or a number is asked for."""
-
-
-class Refused(Exception):
-    """The server refuses this one request (too long, say); others may be answered."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow none: only the address given is contacted."""
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +54,7 @@ class Server:
     def _answer(self, model: str, question: str) -> str:
         message = {"role": "user", "content": question}
         body = {"model": model, "messages": [message], "temperature": 0}
-        return content(self._request("/chat/completions", json.dumps(body).encode()))
+        return content(self._request("/chat/completions", body))
 
     def name_of_model(self) -> str:
         """The model that is asked; the server's list is read once."""
@@ -94,58 +74,40 @@ class Server:
                 f"as judge:{self.url}#MODEL."
             ) from error
 
-    def _request(self, path: str, body: bytes | None = None) -> Any:
+    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer's JSON (None where even the last is none), after as many tries as it takes."""
-        request = urllib.request.Request(self.url + path, data=body)
-        request.add_header("Content-Type", "application/json")
         key = next((k for name in KEYS if (k := os.environ.get(name))), None)
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
-        reason, wait = "", self.wait
-        for left in range(self.tries - 1, -1, -1):
-            pause = wait
-            try:
-                with _opener(self.url).open(request, timeout=self.timeout) as reply:
-                    found = parse(reply.read(_LARGEST))
-                if isinstance(found, dict) or not left:
-                    return found
-                reason = "an answer that is cut off or no JSON"
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"status {error.code}: {_said(error, key)}"
-                    if error.code not in _AGAIN:
-                        raise self._final(error.code, reason) from error
-                    pause = max(wait, _retry_after(error.headers.get("Retry-After")))
-            except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
-                reason = str(getattr(error, "reason", None) or error) or type(error).__name__
-            if left:
-                time.sleep(min(pause, _LONGEST_WAIT))
-                wait *= 2
-        raise UserError(
-            f"judge '{self.url}': no answer after {self.tries} tries ({reason}). Start the server, "
-            "or check the address, which ends in /v1 with most servers."
-        )
 
-    def _final(self, status: int, reason: str) -> Exception:
+        def attempt(left: int) -> Any:
+            found = once(self.url + path, body, timeout=self.timeout, key=key)
+            if isinstance(found, dict) or not left:
+                return found
+            raise Again("an answer that is cut off or no JSON")
+
+        patience = Patience(timeout=self.timeout, tries=self.tries, wait=self.wait)
+        try:
+            return patiently(attempt, patience)
+        except Refused as error:
+            raise self._final(error) from error
+        except Again as error:
+            raise UserError(
+                f"judge '{self.url}': no answer after {self.tries} tries ({error}). Start the "
+                "server, or check the address, which ends in /v1 with most servers."
+            ) from error
+
+    def _final(self, error: Refused) -> Exception:
         """What a status that does not pass means."""
-        if status in (401, 403):
+        if error.status in (401, 403):
             return UserError(
-                f"judge '{self.url}': it wants another key ({reason}). Put it into the "
+                f"judge '{self.url}': it wants another key ({error}). Put it into the "
                 f"environment as {KEYS[0]}."
             )
-        if status == 404 or 300 <= status < 400:
+        if error.status == 404 or 300 <= error.status < 400:
             return UserError(
-                f"judge '{self.url}': no such address or model ({reason}). Give the address up to "
+                f"judge '{self.url}': no such address or model ({error}). Give the address up to "
                 "/v1, and behind it the model: judge:http://host:port/v1#MODEL."
             )
-        return Refused(reason)
-
-
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    """Without redirects, and on this machine without a proxy."""
-    local = urllib.parse.urlsplit(url).hostname in _LOCAL
-    proxies = [urllib.request.ProxyHandler({})] if local else []
-    return urllib.request.build_opener(_NoRedirect, *proxies)
+        return error
 
 
 def content(reply: Any) -> str:
@@ -154,31 +116,6 @@ def content(reply: Any) -> str:
         return str(reply["choices"][0]["message"]["content"] or "")
     except (KeyError, IndexError, TypeError):
         return ""
-
-
-def parse(data: bytes) -> Any:
-    """A server's JSON; None where it is none."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _said(error: urllib.error.HTTPError, key: str | None) -> str:
-    """The first line of what the server says about a failure, but for the key, if it repeats it."""
-    try:
-        text = error.read(2000).decode("utf-8", "replace").strip()
-    except (OSError, HTTPException):
-        text = ""
-    line = (text.splitlines() or [str(error.reason)])[0]
-    return (line.replace(key, "***") if key else line)[:200]
-
-
-def _retry_after(value: str | None) -> float:
-    try:
-        return float(value or 0)
-    except ValueError:  # a date
-        return 0.0
 
 
 def connect(given: str, **patience: Any) -> Server:
@@ -190,12 +127,8 @@ def connect(given: str, **patience: Any) -> Server:
         UserError: what is wrong with the address.
     """
     bare, _, model = given.removeprefix("judge:").partition("#")
-    try:
-        parts = urllib.parse.urlsplit(bare)
-        port_is_number = parts.port is None or parts.port > 0
-    except ValueError:
-        parts, port_is_number = urllib.parse.urlsplit(""), False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_number:
+    parts = address(bare)
+    if parts is None:
         raise UserError(
             f"judge '{given}': is no address. Give judge:http://host:port/v1, and #MODEL behind "
             "it where the server has several."

@@ -11,7 +11,7 @@ from typing import Any
 from harness import Trial, Trials, kill_after, start, wait
 
 from fake_judge import Judge
-from preftune import judge_server, judging, rewards
+from preftune import asking, judge_server, judging, rewards
 
 KINDS = ("refused for now", "dropped", "cut off", "late", "other ids")
 
@@ -20,7 +20,7 @@ def impatient() -> None:
     """In the run's process: faults that pass take no minutes."""
     quick = functools.partial(judge_server.connect, timeout=0.5, wait=0.01, tries=8)
     rewards.connect = judging.connect = quick
-    judge_server._LONGEST_WAIT = 0.02
+    asking._LONGEST_WAIT = 0.02
 
 
 def answer(question: str) -> str:

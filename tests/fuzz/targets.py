@@ -23,6 +23,7 @@ from safetensors.torch import save
 
 from preftune import (
     adapters,
+    asking,
     checkpoint,
     cli,
     config,
@@ -125,7 +126,7 @@ def checkpoint_json(data: bytes) -> None:
 
 def judge_reply(data: bytes) -> None:
     """What a judge's server answers."""
-    answer = judge_server.content(judge_server.parse(data))
+    answer = judge_server.content(asking.parse(data))
     for found in (judging.winner(answer), judging.score(answer)):
         assert found is None or 0 <= found <= 10, found
 
