@@ -227,7 +227,6 @@ def _group_state(group: Group, prefix: str, tensors: dict[str, Tensor]) -> dict[
         saved["round"] = {
             "taken": group.round.taken,
             "trained_logp": group.round.trained_logp,
-            "sampler_gap": group.round.sampler_gap,
             "minibatches": len(group.round.minibatches),
             "roles": [list(b.roles) for b in group.round.batches],
         }
@@ -258,7 +257,6 @@ def _restore_group(
         ],
         taken=saved["round"]["taken"],
         trained_logp=saved["round"]["trained_logp"],
-        sampler_gap=saved["round"]["sampler_gap"],
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from preftune.errors import UserError
 from preftune.numerics import permutation, stream_key, stream_keys
-from preftune.policies.base import Policy, Trainable, as_policy
+from preftune.policies.base import Policy, Sampler, Trainable, as_policy
 from preftune.samples import Samples
 
 
@@ -65,6 +65,8 @@ class Context:
     """Among the members of a pool."""
     given: Samples | None = None
     """Stands in for what an on-policy source would draw."""
+    engine: Sampler | None = None
+    """Draws in the policy's place."""
 
     @property
     def sampler(self) -> Policy:

@@ -27,6 +27,8 @@ _TRL_NAMES = {
     "lora_alpha": "adapter", "lora_target_modules": "adapter", "load_in_4bit": "adapter",
     "load_in_8bit": "adapter", "use_dora": "adapter", "use_rslora": "adapter", "r": "rank",
     "lora_dropout": "adapter", "report_to": "trackers", "log_with": "trackers",
+    "use_vllm": "sampler", "vllm_mode": "sampler",
+    "vllm_server_base_url": "sampler",
 }  # fmt: skip
 
 
@@ -178,6 +180,13 @@ class Config(Strict):
     temperature: float = Field(1.0, ge=0, description="of sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="of sampling")
     top_k: int = Field(0, ge=0, description="of sampling; 0 is off")
+    sampler: str = Field(
+        "local",
+        description="who draws fresh responses: local (the model itself), vllm, or a server's URL",
+    )
+    max_staleness: int = Field(
+        0, ge=0, description="updates by which the weights of sampler: vllm may be behind"
+    )
     min_new_tokens: int = Field(0, ge=0, description="tokens before a sampled response may end")
     stop: list[str] | None = Field(None, description="texts that end a sampled response")
     truncation: Literal["drop", "left", "right", "error"] = Field(

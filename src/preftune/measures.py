@@ -28,6 +28,7 @@ DOCUMENTED = {
     "seconds_score": "of this update: log-probs and values of fresh samples and of the reference",
     "seconds_reward": "of this update: in the reward",
     "seconds_train": "of this update: forward, backward and optimizer",
+    "seconds_sync": "of this update: weights to the engine that samples (sampler)",
     "seconds_idle": "of this update: all else",
     "tokens_per_second_decode": "sampled tokens, over prefill and decode",
     "tokens_per_second_train": "tokens of responses and of prompts (each once), over training",
@@ -70,7 +71,11 @@ DOCUMENTED = {
     "skipped": "1: the update was left out, its mean ratio was above max_ratio",
     "kl_coefficient": "strength of the KL as target_kl has set it",
     "reward_queries": "responses that the reward was asked about so far",
-    "sampler_gap": "mean |log-prob by sampler - by trainer| of a response, nats, at staleness 0",
+    "sampler_gap": "mean |log-prob by trainer - by sampler| of a response, nats, as its round "
+    "begins",
+    "sampler_gap_max": "the largest of these",
+    "sampler_effective_sample_size": "(sum w)^2 / (n sum w^2) of the round's responses, w = "
+    "probability by trainer / by sampler: 1 where they agree",
     "eval_reward": "mean reward of samples on held-out prompts (with _low, _high: 95 % interval)",
     "eval_kl": "KL(policy || reference) on held-out prompts, exact at each step of a sample, nats",
     "eval_win_rate": "share of held-out prompts won against the reference's sample (ties half)",
@@ -205,8 +210,8 @@ class Measures:
         if group.round.trained_logp and samples.ref_logp is not None:
             # of all samples: those that a labeller picks by their reward give no KL
             self.add("kl", log_ratio(samples), fresh)
-        if group.round.sampler_gap is not None and not self._stale:
-            self._plain["sampler_gap"] = group.round.sampler_gap
+        if group.round.sampler_gap is not None and group.round.taken == 1:
+            self._keep_all("gap", group.round.sampler_gap, whole.origin >= 0)
 
     def outputs(self, group: Group, samples: Samples, now: Mapping[str, Tensor]) -> None:
         """What the forward pass of a micro-batch shows of the policy on a source's samples."""
@@ -215,8 +220,8 @@ class Measures:
         assert group.round is not None, "a minibatch is of a round"
         fresh, logp = samples.origin >= 0, now["logp"].detach()
         moved = torch.where(samples.mask, logp - samples.logp.to(logp), 0.0)
-        if not self._stale and group.round.sampler_gap is None:
-            self.add("sampler_gap", moved.sum(-1).abs(), fresh)
+        if group.round.sampler_gap is None and group.round.taken == 1:
+            self._keep_all("gap", moved.sum(-1), fresh)
         if not group.round.trained_logp:
             whole = logp.shape[-2] == group.round.samples.tokens.shape[-2]
             if not self._stale and whole and samples.ref_logp is not None:
@@ -289,7 +294,13 @@ class Measures:
         means = {n: self._sum[n] / w for n, w in seen.items()}  # 0 / 0: nothing of that run
         losses = [n for n in self._plain if n.startswith("loss_")]
         plain = {n: v for n, v in self._plain.items() if n not in losses or len(losses) > 1}
-        out: dict[str, Any] = {**plain, **means, **self._ratios(), **self._explained()}
+        out: dict[str, Any] = {
+            **plain,
+            **means,
+            **self._ratios(),
+            **self._gap(),
+            **self._explained(),
+        }
         if self._skip_above is not None:
             out["skipped"] = self.skipped().int()
         return {n: numbers(v) for n, v in out.items()}
@@ -304,21 +315,37 @@ class Measures:
         share = torch.where(spread > 0, 1 - left / spread, torch.nan)
         return {"explained_variance": None if bool(share.isnan().all()) else share}
 
+    def _gap(self) -> dict[str, Tensor]:
+        """How far the trainer is from what drew the samples, as a round begins."""
+        found = self._joined("gap")
+        if found is None or not bool(found[1].any()):
+            return {}
+        moved, keep = found
+        size = moved.abs()
+        return {
+            "sampler_gap": masked_sum(size, keep) / keep.sum(-1),
+            "sampler_gap_max": size.masked_fill(~keep, 0.0).amax(-1),
+            "sampler_effective_sample_size": _effective(moved, keep),
+        }
+
     def _ratios(self) -> dict[str, Tensor]:
         """How far the policy has moved from the one that drew the samples."""
         sequences, tokens = self._joined("moved"), self._joined("token_moved")
         if sequences is None or tokens is None or not bool(sequences[1].any()):
             return {}
-        moved, keep = sequences
-        moved = moved.masked_fill(~keep, -torch.inf)
-        weight = (moved - moved.amax(-1, keepdim=True)).exp()
-        size = weight.sum(-1).square() / weight.square().sum(-1) / keep.sum(-1)
         logs, of = tokens[0].clamp(max=80.0), tokens[1]
         return {
             "ratio_mean": masked_sum(logs.exp(), of) / of.sum(-1),
             "ratio_max": logs.masked_fill(~of, -torch.inf).amax(-1).exp(),
-            "effective_sample_size": size,
+            "effective_sample_size": _effective(*sequences),
         }
+
+
+def _effective(log_weights: Tensor, keep: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2) over the last dim, where kept: 1 where all weigh alike."""
+    logs = log_weights.masked_fill(~keep, -torch.inf)
+    weight = (logs - logs.amax(-1, keepdim=True)).exp()
+    return weight.sum(-1).square() / weight.square().sum(-1) / keep.sum(-1)
 
 
 def _variance(values: Tensor, keep: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from preftune import (
     automatic,
     building,
+    engines,
     huggingface,
     judges,
     judging,
@@ -101,6 +102,7 @@ def prepare(
     if trains:
         _check_needs(config, method, made_reward, data)
         _check_measures(config)
+        engines.check(config, method, config.model)
     team = current()
     output = team.agreed(Path(config.output) if config.output else unnamed(method.name))
     if tokenizer is None and (data is not None or config.prompts or model is None):
@@ -123,9 +125,8 @@ def prepare(
     reason = reference_cache.obstacle(parts.method, parts.reference)
     if trains and config.reference_cache and reason is not None:
         raise UserError(f"reference_cache: {reason}. Leave it out.")
-    if trains and parts.renderer is not None and team.main:  # asked once
-        for judge in (parts.reward, parts.gold):
-            judges.try_reward(judge, parts.prompts, parts.renderer)
+    if trains and team.main:  # asked once
+        _try_servers(parts)
     # what is free now differs from process to process
     budgets = team.gather(automatic.row_budget(config, trained.trunk))
     parts.micro_batch_tokens = min((b for b in budgets if b is not None), default=None)
@@ -134,6 +135,16 @@ def prepare(
             f"compute in {trained.autocast} over float32 weights: faster on this machine"
         )
     return parts
+
+
+def _try_servers(parts: Parts) -> None:
+    """Judges give numbers, and an engine is of the run's model."""
+    if parts.renderer is not None:
+        for judge in (parts.reward, parts.gold):
+            judges.try_reward(judge, parts.prompts, parts.renderer)
+    if parts.prompts is not None:
+        room = max(map(len, parts.prompts.prompts)) + parts.config.max_new_tokens
+        engines.check_model(parts.config, parts.method, parts.tokenizer, room)
 
 
 def _tokenizer_name(config: Config, model: Any) -> str:

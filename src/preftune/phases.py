@@ -4,6 +4,7 @@ somebody records them.
     prefill   prompts through the sampler        decode   one token after another
     score     log-probs and values of a round    reward   the reward's own time
     train     forward and backward of an update, and the step
+    sync      weights to an engine that samples
 
 A phase inside another takes its time away from the outer one, so that times add up. What no phase
 covers is idle.
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-NAMES = ("prefill", "decode", "score", "reward", "train")
+NAMES = ("prefill", "decode", "score", "reward", "train", "sync")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from preftune.labellers.base import KL_SCALE, SEED, log_ratio
 from preftune.method import Method
 from preftune.numerics import masked_sum, permutation, stream_key
 from preftune.phases import phase
-from preftune.policies.base import Policy, Trainable
+from preftune.policies.base import Policy, Sampler, Trainable
 from preftune.policies.scoring import LOGP, outputs_all, score_all
 from preftune.policies.sharding import gathered
 from preftune.samples import Batch, Samples
@@ -56,6 +56,9 @@ class World:
     known: Callable[[Source, Samples], Tensor | None] | None = None
     """Log-probs by the reference of what a source collected, where they were computed beforehand
     (`preftune.reference_cache`)."""
+    engine: Sampler | None = None
+    """Draws fresh samples in the policy's place. What it draws is not quite the policy's, or older
+    than it: the trainer's log-probs count, and the gap is logged."""
 
 
 @dataclass
@@ -69,8 +72,9 @@ class Round:
     taken: int = 0
     trained_logp: bool = False
     """Log-probs at collection are the trainer's, not those of an inexact sampler."""
-    sampler_gap: float | None = None
-    """Mean |log-prob by sampler - by trainer| of a response, where the round has both."""
+    sampler_gap: Tensor | None = None
+    """[*R, N, K], nats: of each response, its log-prob by the trainer less that by the sampler,
+    where the round has both."""
 
     @property
     def spent(self) -> bool:
@@ -165,7 +169,8 @@ def group_terms(method: Method) -> list[Group]:
 def _score(drawn: Samples, group: Group, world: World) -> Round:
     """The round with what the row declares that it needs, each computed once; not yet labelled."""
     budget, needs = world.micro_batch_tokens, group.needs
-    exact = drawn.logp is not None and getattr(world.policy, "exact_sampler", False)
+    own_sampler = world.engine is None and getattr(world.policy, "exact_sampler", False)
+    exact = drawn.logp is not None and own_sampler
     own = {"value"} if "value" in needs and drawn.value is None else set()
     if not exact and "logp" in needs:
         own |= {"logp"}
@@ -199,7 +204,7 @@ def _with_outputs(fresh: Round, world: World, names: frozenset[str]) -> Round:
         return fresh
     gap = fresh.sampler_gap
     if drawn.logp is not None:
-        gap = float(masked_sum(drawn.logp - found["logp"], drawn.mask).abs().double().mean())
+        gap = masked_sum(found["logp"] - drawn.logp, drawn.mask).double()
     return replace(fresh, trained_logp=True, sampler_gap=gap)
 
 
@@ -227,6 +232,7 @@ def _context(group: Group, world: World, version: int, given: Samples | None) ->
         data=world.prompts if source.draws else world.data, policy=world.policy,
         reference=world.reference, version=version, seed=world.seed,
         cursor=group.cursor, kept=group.kept, given=given if source.on_policy else None,
+        engine=world.engine,
     )  # fmt: skip
 
 

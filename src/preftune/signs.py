@@ -27,6 +27,8 @@ FLAT = 0.02
 """Accuracy that has grown by no more has not grown."""
 FEW = 0.2
 """Of the pairs that still teach."""
+APART, FEW_COUNT = 1.0, 0.5
+"""Nats a response between sampler and trainer; share of the samples that still count."""
 FALLEN = 0.2
 """Of agreement between two rewards, lost."""
 
@@ -162,6 +164,16 @@ def _slow(view: View) -> str | None:
     )
 
 
+def _drawn_by_another(view: View) -> str | None:
+    gap, counting = view.now["sampler_gap"], view.now["sampler_effective_sample_size"]
+    if gap <= APART and counting >= FEW_COUNT:
+        return None
+    return (
+        f"sampler and trainer differ by {gap:.2f} nats a response, and {counting:.0%} of the "
+        "samples would count if they were weighed by that"
+    )
+
+
 def _poor(view: View) -> str | None:
     now, first = view.now, view.first["agreement"]
     if now["agreement_far"] > first - FALLEN or now["agreement_far_high"] >= first:
@@ -238,6 +250,12 @@ ALARMS: tuple[Alarm, ...] = (
         cure="Large margins: stop here, or go on with new pairs. Unlikely rejected responses: take "
         "pairs of the policy's own samples (on_policy_dpo, half_and_half). Alike: leave such pairs "
         "out (`preftune inspect` finds them).",
+    ),
+    Alarm(
+        name="sampler", title="samples are not the policy's", moments=("window",),
+        reads=("sampler_gap", "sampler_effective_sample_size"), sign=_drawn_by_another,
+        cure="Set max_staleness to 0, give sampler and trainer the same dtype, draw shorter "
+        "responses, or leave sampler out: the model's own samples are the policy's.",
     ),
     Alarm(
         name="agreement", title="the reward errs where the policy has gone",

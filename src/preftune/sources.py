@@ -9,7 +9,7 @@ from torch import Tensor
 
 from preftune.collecting import Context, Data, Source, rows_of
 from preftune.numerics import stream_key, uniform
-from preftune.policies.base import Policy
+from preftune.policies.base import Policy, Sampler
 from preftune.samples import DATA, REFERENCE, Samples, beside, join
 from preftune.team import current
 
@@ -175,7 +175,7 @@ class OnPolicy:
         rows = ctx.next_rows(n, key, wrap=True) if prompts is None else prompts
         counters = first + torch.arange(len(rows))
         return _draw(
-            ctx.sampler,
+            ctx.engine or ctx.sampler,
             ctx.rows,
             rows,
             self.samples_per_prompt,
@@ -245,7 +245,7 @@ class Pool:
 
 
 def _draw(
-    policy: Policy,
+    policy: Sampler,
     data: Data,
     rows: Tensor,
     num_responses: int,

@@ -3,8 +3,8 @@
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from preftune import (
     building,
     checkpoint,
     durable,
+    engines,
     fingerprint,
     held_out,
     loop,
@@ -38,6 +39,7 @@ from preftune.parts import (
     prepare,
     resolved_config,
 )
+from preftune.policies.base import Sampler
 from preftune.policies.sharding import gathered, whole_state
 from preftune.policies.transformer import Transformer
 from preftune.report import write_report
@@ -161,7 +163,8 @@ def execute(
     state.identity = identity
     if parts.config.resume:
         resuming.go_on(state, folder, lambda message: tell("note", message=message))
-    with Signals() as signals:
+    with _engine(parts, folder, tell) as engine, Signals() as signals:
+        state.world = replace(state.world, engine=engine)
         hooks = loop.Hooks(
             log=lambda step, metrics: _log(folder, tell, settings.max_steps, step, metrics),
             evaluate=evaluate and (lambda step: _evaluate(evaluate, step, parts)),
@@ -213,6 +216,15 @@ def _evaluate(evaluate: Callable[[int], dict[str, Any]], step: int, parts: Parts
     """An evaluation, in which no weights are spread over the processes."""
     with gathered(parts.model):
         return evaluate(step)
+
+
+def _engine(parts: Parts, folder: RunFolder, tell: Tell) -> AbstractContextManager[Sampler | None]:
+    """What draws fresh responses in the model's place, if the settings want it."""
+    prompts = parts.prompts.prompts if parts.prompts is not None else []
+    return engines.engine(
+        parts.config, parts.method, parts.model, prompts, folder.path,
+        lambda message: tell("note", message=message),
+    )  # fmt: skip
 
 
 def keep_answers(parts: Parts, folder: RunFolder) -> None:

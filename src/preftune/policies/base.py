@@ -36,8 +36,30 @@ class Trainable(Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """Draws responses: a policy, or an engine that has its weights."""
+
+    batch_shape: tuple[int, ...]
+
+    def sample(
+        self,
+        prompt: Int[Tensor, "*R n P"],
+        prompt_mask: Bool[Tensor, "*R n P"],
+        num_responses: int,
+        uniform: Uniform,
+        origin: int,
+    ) -> Samples:
+        """Draw responses, with their log-probs under the unmodified distribution.
+
+        Args:
+            origin: who draws them; of a policy, its version. An engine whose weights are older
+                says so in the samples.
+        """
+        ...
+
+
 @runtime_checkable
-class Policy(Trainable, Protocol):
+class Policy(Trainable, Sampler, Protocol):
     """Scores and samples responses; every scale of problem implements it."""
 
     exact_sampler: bool
@@ -51,17 +73,6 @@ class Policy(Trainable, Protocol):
         mask: Bool[Tensor, "*R n K T"],
     ) -> Float[Tensor, "*R n K T"]:
         """Log-prob of each response token given what stands before it; 0 where masked."""
-        ...
-
-    def sample(
-        self,
-        prompt: Int[Tensor, "*R n P"],
-        prompt_mask: Bool[Tensor, "*R n P"],
-        num_responses: int,
-        uniform: Uniform,
-        origin: int,
-    ) -> Samples:
-        """Draw responses, with their log-probs under the unmodified distribution."""
         ...
 
     def condition(
