@@ -1,6 +1,7 @@
 """Who draws a run's fresh responses: the model itself, or a vLLM server with its weights."""
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 
 from preftune.asking import LOCAL, Again, Refused, address, once
-from preftune.building import decoding_of
+from preftune.building import decoding_of, pick_device
 from preftune.config import Config
 from preftune.errors import UserError, nearest
+from preftune.huggingface import DEFAULT_MODEL, cache_folder
+from preftune.loading import DEFAULT_MAX_LENGTH
 from preftune.method import Method
 from preftune.policies.transformer import Transformer
 from preftune.sampling import vllm_child
@@ -30,7 +33,7 @@ def is_asked_for(config: Config, method: Method) -> bool:
     return config.sampler != "local" and any(t.source.on_policy for t in method.terms)
 
 
-def check(config: Config, method: Method, model: str) -> None:
+def check(config: Config, method: Method) -> None:
     """Refuse what a server cannot do, before anything is loaded.
 
     Raises:
@@ -54,7 +57,7 @@ def check(config: Config, method: Method, model: str) -> None:
     if config.sampler == "vllm":
         vllm_child.python()
     else:
-        _check_answers(config, model)
+        _check_answers(config)
 
 
 def _check_settings(config: Config, method: Method) -> None:
@@ -79,12 +82,20 @@ def _address(config: Config) -> str:
     return config.sampler.rstrip("/").removesuffix("/v1")
 
 
-def _command(config: Config, model: str, dtype: str = "bfloat16", room: int = 1024) -> str:
-    given = vllm_child.flags(dtype, "server", room)
+def _command(config: Config, room: int | None = None) -> str:
+    """What starts a server for the run."""
+    device = pick_device(config.device).type
+    dtype = "float32" if config.dtype == "float64" else config.dtype
+    given = vllm_child.flags(dtype, device, room or config.max_length or DEFAULT_MAX_LENGTH)
+    if device == "cuda":
+        given += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
+    model = config.model
+    if model == DEFAULT_MODEL:
+        model = str(cache_folder() / "models" / model)
     return vllm_child.by_hand(model, _address(config), given)
 
 
-def _check_answers(config: Config, model: str) -> None:
+def _check_answers(config: Config) -> None:
     """The server is there, and of the kind that can be given weights."""
     url = _address(config)
     parts = address(url)
@@ -95,12 +106,12 @@ def _check_answers(config: Config, model: str) -> None:
         once(f"{url}/weight_info", timeout=10.0)
     except Again as error:
         raise UserError(
-            f"sampler '{url}': no answer ({error}).{where} Start it: {_command(config, model)}"
+            f"sampler '{url}': no answer ({error}).{where} Start it: {_command(config)}"
         ) from error
     except Refused as error:
         raise UserError(
             f"sampler '{url}': it is no vLLM server that takes weights ({error}). Start it as: "
-            f"{_command(config, model)}"
+            f"{_command(config)}"
         ) from error
 
 
@@ -121,6 +132,12 @@ def check_model(config: Config, method: Method, tokenizer: Any, room: int) -> No
         raise UserError(
             f"sampler '{url}': it takes {has} tokens, and a prompt with its response has up to "
             f"{room}. Start it with --max-model-len {room}."
+        )
+    told = str(server.ask("/server_info").get("vllm_config"))
+    if "device_config=cpu" in told and "load_format=dummy" not in told:
+        raise UserError(
+            f"sampler '{url}': on a CPU, vLLM brings the head of some models up to date only if it "
+            f"was started for that. Start it as: {_command(config, room)}"
         )
     try:
         body = {"prompt": _TEXT, "add_special_tokens": False}
@@ -159,7 +176,8 @@ def engine(
     place.mkdir(exist_ok=True)
     narrow = model.autocast or model.model.dtype
     dtype = torch.float32 if narrow == torch.float64 else narrow  # vLLM has no wider one
-    weights = Folder(model.model, place, dtype)
+    on_cpu = model.device.type != "cuda"
+    weights = Folder(model.model, place, dtype, head_apart=on_cpu)
     room = max(map(len, prompts)) + config.max_new_tokens
     child = None
     try:
@@ -168,10 +186,11 @@ def engine(
             weights.write()
             named = str(dtype).removeprefix("torch.")
             given = vllm_child.flags(named, model.device.type, room)
+            given += [] if on_cpu else ["--gpu-memory-utilization", "0.3"]  # the rest is ours
             child = vllm_child.Child(weights.path, given, place / "vllm.log")
             server = Server(url=child.url, gone=child.gone)
         else:
-            server = Server(url=_address(config), command=_command(config, config.model))
+            server = Server(url=_address(config), command=_command(config, room))
         yield Engine(
             server=server, carrier=_carrier(model, weights, child is not None),
             decoding=decoding_of(config), end_ids=model.end_ids,

@@ -102,7 +102,7 @@ def prepare(
     if trains:
         _check_needs(config, method, made_reward, data)
         _check_measures(config)
-        engines.check(config, method, config.model)
+        engines.check(config, method)
     team = current()
     output = team.agreed(Path(config.output) if config.output else unnamed(method.name))
     if tokenizer is None and (data is not None or config.prompts or model is None):

@@ -51,6 +51,7 @@ def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
     free |= {"max_skipped", "trackers"}
     free |= {"reference_cache"}  # the same values, up to rounding
+    free |= {"sampler"}  # another server, which has the same weights
     old, new = _flat(before), _flat(resolved)
     differs = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
     if differs:

@@ -1,6 +1,7 @@
 """A vLLM server of a run's own, on this machine alone, for as long as the run lasts."""
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from preftune.asking import Again, Refused, once
+from preftune.asking import Again, Refused, address, once
 from preftune.errors import UserError
 
 PYTHON = "PREFTUNE_VLLM_PYTHON"
@@ -46,21 +47,30 @@ def python() -> str:
 def flags(dtype: str, device: str, room: int) -> list[str]:
     """What a server needs to serve a run.
 
+    On a CPU vLLM keeps a head in a layout of its own, and forgets to bring it up to date where it
+    shares the embedding's weights (seen in 0.32: log-probs drift away from the trainer's). So there
+    the head has weights of its own; the model's folder has none for it, and the server starts
+    empty and waits for ours.
+
     Args:
-        dtype: as torch names it, without `torch.`.
+        dtype: as torch names it, without `torch.`, or auto.
         device: where the trainer computes.
         room: tokens of the longest prompt with a response.
     """
     given = ["--enable-scale-out", "--dtype", dtype, "--max-model-len", str(room)]
-    if device == "cuda":  # the trainer has the rest of it
-        return [*given, "--gpu-memory-utilization", "0.3"]
-    return [*given, "--enforce-eager"]  # to compile takes longer than most runs on a CPU save
+    if device == "cuda":
+        return given
+    apart = json.dumps({"tie_word_embeddings": False}, separators=(",", ":"))
+    # to compile takes longer than most runs on a CPU save
+    return [*given, "--enforce-eager", "--load-format", "dummy", "--hf-overrides", apart]
 
 
 def by_hand(model: str, url: str, given: Sequence[str]) -> str:
     """What a user types to start a server that a run can be given."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    entry = ["python", *_ENTRY, "--model", model, "--host", host, "--port", port.rstrip("/")]
+    parts = address(url)
+    assert parts is not None, "checked before"
+    where = ["--host", str(parts.hostname), "--port", str(parts.port or 80)]
+    entry = ["python", *_ENTRY, "--model", model, *where]
     return f"VLLM_SERVER_DEV_MODE=1 {shlex.join([*entry, *given])}"
 
 

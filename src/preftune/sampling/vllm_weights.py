@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from preftune import durable
 from preftune.sampling.vllm import Server
@@ -22,21 +23,26 @@ from preftune.sampling.vllm import Server
 class Folder:
     """Weights on a disk that both see."""
 
-    def __init__(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, folder: Path, dtype: torch.dtype, *, head_apart: bool) -> None:
         """
         Args:
             model: as transformers gives it, without an adapter.
             folder: where `weights/` is written, anew each time.
             dtype: of the numbers in it; what the trainer computes in.
+            head_apart: a head that shares the embedding's weights is written like one of its own,
+                for a server that was started so (`vllm_child.flags` has the reason).
         """
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.head_apart = model, dtype, head_apart
         self.path = (folder / "weights").resolve()
+        self._reads = False
 
     def carry(self, server: Server) -> None:
         """See `Carrier.carry`."""
         self.write()
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.path)}}
-        server.ask("/collective_rpc", body)
+        if not self._reads:  # started empty, it would fill itself with random numbers again
+            _call(server, "update_config", {"overrides": {"load_config": {"load_format": "auto"}}})
+            self._reads = True
+        _call(server, "reload_weights", {"weights_path": str(self.path)})
 
     def write(self) -> None:
         """Write the weights as they are."""
@@ -53,7 +59,21 @@ class Folder:
             if tensor.data_ptr() not in narrow:
                 narrow[tensor.data_ptr()] = tensor.to("cpu", self.dtype, copy=True)
             state[name] = narrow[tensor.data_ptr()]
-        self.model.save_pretrained(work, state_dict=state, safe_serialization=True)
+        self.model.save_pretrained(work, state_dict=dict(state), max_shard_size="1000GB")
+        if self.head_apart and (name := self._shared_head()):
+            save_file({name: state[name]}, work / "head.safetensors", metadata={"format": "pt"})
+
+    def _shared_head(self) -> str:
+        """The name of a head's weights that are the embedding's too."""
+        head = self.model.get_output_embeddings()
+        if head is None or head.weight is not self.model.get_input_embeddings().weight:
+            return ""
+        return next(f"{name}.weight" for name, m in self.model.named_modules() if m is head)
+
+
+def _call(server: Server, method: str, options: dict[str, Any]) -> None:
+    """Have each of the server's workers do something."""
+    server.ask("/collective_rpc", {"method": method, "kwargs": options})
 
 
 class Transfer:
