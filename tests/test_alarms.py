@@ -96,6 +96,21 @@ def test_mode_seeking(centres: tuple[int, ...]) -> None:
     assert control[31]["entropy"] > 2.5 and control[31]["distinct_samples"] > 0.8
 
 
+def test_samples_of_another_policy() -> None:
+    """An engine that never gets the new weights, and one that has them."""
+
+    def run(follows: bool) -> tuple[dict, list]:
+        world = judged_world(leaning.peaks(10), states=8, slope=0.0)
+        engine = world.policy if follows else world.policy.frozen_copy()
+        return watched(row_of("rloo"), replace(world, engine=engine), 48, 0.1)
+
+    (fired, logged), (quiet, control) = run(False), run(True)
+    assert fired["sampler"].step == 24 and "sampler" not in quiet
+    assert "1.09 nats a response, and 56% of the samples" in fired["sampler"].measured
+    assert logged[-1]["sampler_gap"] > 2 and logged[-1]["sampler_effective_sample_size"] < 0.5
+    assert max(m["sampler_gap"] for m in control) == 0
+
+
 @cache
 def on_features(method: str, shared: bool, weight: float | None = None) -> tuple[dict, list]:
     """Pairs of arms that share most of their features, or none."""

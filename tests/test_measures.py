@@ -244,6 +244,31 @@ def test_the_gap_of_a_sampler_is_seen_and_the_trainers_log_probs_are_used(name):
     assert metrics["sampler_gap"] == pytest.approx(0.125, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_how_uneven_a_samplers_gap_is(name):
+    """Of an engine whose log-probs are 0.3 nats too high for each arm's number: the gap's mean, its
+    largest, and what is left of the samples, in rows that score a round and in rows that do not."""
+
+    class Uneven(Categorical):
+        def sample(self, *args):
+            drawn = super().sample(*args)
+            return replace(drawn, logp=drawn.logp + 0.3 * drawn.tokens.double())
+
+    world = make_world(name)
+    world = replace(world, engine=Uneven(world.policy.logits))
+    if name == "ppo":
+        world = replace(world, policy=Categorical(world.policy.logits, value_head=True))
+    groups = group_terms(row_of(name))
+    metrics = tables.gradient(groups, world, 0)[1]
+    off = 0.3 * groups[0].round.samples.tokens.double().flatten()
+    weight = (-off).exp()
+    expected = weight.sum() ** 2 / (weight**2).sum() / len(weight)
+    assert metrics["sampler_gap"] == pytest.approx(float(off.mean()), abs=1e-12)
+    assert metrics["sampler_gap_max"] == pytest.approx(float(off.max()), abs=1e-12)
+    assert metrics["sampler_effective_sample_size"] == pytest.approx(float(expected), abs=1e-12)
+    assert 0 < expected < 0.99
+
+
 @pytest.mark.parametrize("name", ["on_policy_dpo", "ppo", "hypo"])
 def test_a_samplers_gap_is_no_kl_and_no_staleness(name):
     """At the reference, before the first step: KL 0 and ratio 1, whatever the sampler reports, also

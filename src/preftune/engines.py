@@ -1,6 +1,5 @@
 """Who draws a run's fresh responses: the model itself, or a vLLM server with its weights."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -206,8 +205,7 @@ def engine(
 def _carrier(model: Transformer, weights: Folder, own: bool) -> Carrier:
     """Between GPUs vLLM's own transfer, elsewhere files. NCCL has no way from a GPU to itself,
     where a server of our own stands."""
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if model.device.type == "cuda" and has_vllm and not own:
+    if model.device.type == "cuda" and vllm_child.is_installed() and not own:
         return Transfer(model.model)
     return weights
 

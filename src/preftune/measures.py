@@ -220,7 +220,8 @@ class Measures:
         assert group.round is not None, "a minibatch is of a round"
         fresh, logp = samples.origin >= 0, now["logp"].detach()
         moved = torch.where(samples.mask, logp - samples.logp.to(logp), 0.0)
-        if group.round.sampler_gap is None and group.round.taken == 1:
+        own_moves = group.round.trained_logp and self._stale
+        if group.round.sampler_gap is None and group.round.taken == 1 and not own_moves:
             self._keep_all("gap", moved.sum(-1), fresh)
         if not group.round.trained_logp:
             whole = logp.shape[-2] == group.round.samples.tokens.shape[-2]

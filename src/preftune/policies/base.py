@@ -36,6 +36,7 @@ class Trainable(Protocol):
         ...
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws responses: a policy, or an engine that has its weights."""
 

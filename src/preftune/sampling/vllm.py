@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -39,6 +39,7 @@ class Response(NamedTuple):
     finished: bool
 
 
+@runtime_checkable
 class Carrier(Protocol):
     """What brings the trainer's weights to the server."""
 

@@ -25,6 +25,12 @@ _SHOWN = 12
 """Lines of its log in a message."""
 
 
+def is_installed() -> bool:
+    """Whether vLLM is beside us; a folder of that name is not it."""
+    found = importlib.util.find_spec("vllm")
+    return found is not None and found.origin is not None
+
+
 def python() -> str:
     """The python that has vLLM.
 
@@ -36,7 +42,7 @@ def python() -> str:
         return named
     if named:
         raise UserError(f"{PYTHON}: '{named}' is no program. Name the python that has vLLM.")
-    if importlib.util.find_spec("vllm") is not None:
+    if is_installed():
         return sys.executable
     raise UserError(
         "sampler: vLLM is not installed here. Install it into an environment of its own "
