@@ -53,7 +53,7 @@ $(VLLM_STAMP): constraints-vllm.txt
 	@touch $@
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## the tests against a real vLLM server, on the CPU
-	PREFTUNE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm -rs tests/vllm
+	PREFTUNE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm -rs tests/vllm_server
 
 lint: $(STAMP)  ## ruff, pyright, the order of the layers, the documentation's links
 	$(BIN)/ruff check .

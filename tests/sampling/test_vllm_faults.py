@@ -1,5 +1,5 @@
 """A vLLM server that fails: nothing counts twice, nothing that is not whole counts, and who must
-mend it is told. What a real one does: tests/vllm."""
+mend it is told. What a real one does: tests/vllm_server."""
 
 import json
 from collections.abc import Callable, Iterator
