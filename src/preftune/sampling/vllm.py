@@ -26,8 +26,6 @@ WORKERS = 64
 _LARGEST = 2**30
 """Bytes of an answer that are read: a few hundred a token."""
 _SEEDS = 2**48
-_FINISHED = {"stop": True, "length": False}
-"""Reasons to end that make a whole response, and whether it is finished."""
 
 
 class Response(NamedTuple):
@@ -147,9 +145,11 @@ class Engine:
     ) -> Samples:
         """See `Policy.sample`; `origin` is the policy's version, and each response carries that of
         the weights that drew it, which may be older by `max_staleness`."""
-        if self.version is None or not 0 <= origin - self.version <= self.max_staleness:
+        version = self.version
+        if version is None or not 0 <= origin - version <= self.max_staleness:
             with phase("sync"):
                 self._bring(origin)
+            version = origin
         prompts = [ids[mask].tolist() for ids, mask in zip(prompt, prompt_mask, strict=True)]
         draws = uniform(0, (len(prompts), num_responses))[:, 0].double()
         seeds = (draws * _SEEDS).long().tolist()
@@ -166,7 +166,7 @@ class Engine:
             tokens=tokens.view(*shape, -1),
             mask=mask.view(*shape, -1),
             finished=torch.tensor([r.finished for r in flat]).view(shape),
-            origin=torch.full(shape, self.version),
+            origin=torch.full(shape, version),
             row=torch.full(shape[:1], -1),
             logp=logp.view(*shape, -1),
         )
@@ -251,17 +251,13 @@ class Engine:
 
     def _response(self, choice: Mapping[str, Any]) -> Response:
         """A response, if it is whole."""
-        if choice["finish_reason"] not in _FINISHED:
-            raise Again(f"a response that ended by '{choice['finish_reason']}'")
         tokens = [int(t) for t in choice["token_ids"]]
+        finished = bool(tokens) and tokens[-1] in self.end_ids
+        full = len(tokens) == self.decoding.max_new_tokens
+        whole = {"stop": finished, "length": full}.get(choice["finish_reason"], False)
         scored = choice["logprobs"]["content"]
-        finished = _FINISHED[choice["finish_reason"]]
-        longest = self.decoding.max_new_tokens
-        ended = bool(tokens) and (
-            tokens[-1] in self.end_ids if finished else len(tokens) == longest
-        )
-        if not ended or len(tokens) > longest or [s["token_id"] for s in scored] != tokens:
-            raise Again("a response that is cut off")
+        if not whole or [s["token_id"] for s in scored] != tokens:
+            raise Again(f"a response of {len(tokens)} tokens, '{choice['finish_reason']}'")
         drawn_by = {span["version"] for span in choice["weight_versions"]}
         if drawn_by != {self._name(self.version)}:
             raise UserError(
