@@ -260,7 +260,11 @@ def test_how_uneven_a_samplers_gap_is(name):
         world = replace(world, policy=Categorical(world.policy.logits, value_head=True))
     groups = group_terms(row_of(name))
     metrics = tables.gradient(groups, world, 0)[1]
-    off = 0.3 * groups[0].round.samples.tokens.double().flatten()
+    s = groups[0].round.samples
+    if name == "ppo":  # whose ratio is to the trainer's log-probs, not to the engine's
+        by_trainer = world.policy.score(s.prompt, s.prompt_mask, s.tokens, s.mask).detach()
+        torch.testing.assert_close(s.logp, by_trainer, rtol=0, atol=1e-14)
+    off = 0.3 * s.tokens.double().flatten()
     weight = (-off).exp()
     expected = weight.sum() ** 2 / (weight**2).sum() / len(weight)
     assert metrics["sampler_gap"] == pytest.approx(float(off.mean()), abs=1e-12)

@@ -24,6 +24,7 @@ _PROBE = 64
 """Tokens of a prompt by which the server's weights are compared with the trainer's."""
 _APART = 0.25
 """Nats a token, in the mean: bfloat16 makes hundredths of one, other weights make whole ones."""
+_NOT_WHOLE = "weights are brought to vLLM whole, and an adapter's are not whole."
 _TEXT = "The quick brown fox, 12 + 30 = 42."
 
 
@@ -62,10 +63,7 @@ def check(config: Config, method: Method) -> None:
 def _check_settings(config: Config, method: Method) -> None:
     """Settings that do not go with a server."""
     if config.adapter is not None:
-        raise UserError(
-            "sampler: weights are brought to vLLM whole, and an adapter's are not whole. Leave "
-            "adapter out, or sampler."
-        )
+        raise UserError(f"sampler: {_NOT_WHOLE} Leave adapter out, or sampler.")
     if config.stop:
         raise UserError(
             "stop: vLLM is given token ids and knows no texts. Leave stop out, or sampler."
@@ -114,15 +112,19 @@ def _check_answers(config: Config) -> None:
         ) from error
 
 
-def check_model(config: Config, method: Method, tokenizer: Any, room: int) -> None:
-    """Compare a server that the user started with the run's model.
+def check_model(config: Config, method: Method, model: Any, tokenizer: Any, room: int) -> None:
+    """Compare the run's model with what a server takes, and with one that the user started.
 
     Args:
         room: tokens of the longest prompt with a response.
     Raises:
-        UserError: it has another tokenizer, or too little room.
+        UserError: the model has an adapter; the server has another tokenizer, or too little room.
     """
-    if config.sampler == "vllm" or not is_asked_for(config, method):
+    if not is_asked_for(config, method):
+        return
+    if model.trunk.has_adapter:
+        raise UserError(f"sampler: {_NOT_WHOLE} Merge it first (`preftune merge`).")
+    if config.sampler == "vllm":
         return
     url = _address(config)
     server = Server(url=url)

@@ -295,13 +295,8 @@ class Measures:
         means = {n: self._sum[n] / w for n, w in seen.items()}  # 0 / 0: nothing of that run
         losses = [n for n in self._plain if n.startswith("loss_")]
         plain = {n: v for n, v in self._plain.items() if n not in losses or len(losses) > 1}
-        out: dict[str, Any] = {
-            **plain,
-            **means,
-            **self._ratios(),
-            **self._gap(),
-            **self._explained(),
-        }
+        of_policies = {**self._ratios(), **self._gap()}
+        out: dict[str, Any] = {**plain, **means, **of_policies, **self._explained()}
         if self._skip_above is not None:
             out["skipped"] = self.skipped().int()
         return {n: numbers(v) for n, v in out.items()}

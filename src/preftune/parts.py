@@ -144,7 +144,7 @@ def _try_servers(parts: Parts) -> None:
             judges.try_reward(judge, parts.prompts, parts.renderer)
     if parts.prompts is not None:
         room = max(map(len, parts.prompts.prompts)) + parts.config.max_new_tokens
-        engines.check_model(parts.config, parts.method, parts.tokenizer, room)
+        engines.check_model(parts.config, parts.method, parts.model, parts.tokenizer, room)
 
 
 def _tokenizer_name(config: Config, model: Any) -> str:

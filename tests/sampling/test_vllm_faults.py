@@ -167,11 +167,11 @@ def test_when_weights_are_brought(fake: FakeVllm) -> None:
 def test_a_prefix_cache_that_stays_full_ends_the_run(fake: FakeVllm) -> None:
     """What it holds is of the old weights. In use for a moment, it is waited for."""
     fake.replies["/reset_prefix_cache"] = [{"success": False}, {"success": True}]
-    draw(engine(fake))
-    fake.replies["/reset_prefix_cache"] = {"success": False}
     of = engine(fake)
+    draw(of)
+    fake.replies["/reset_prefix_cache"] = {"success": False}
     with pytest.raises(UserError, match="prefix cache is still in use"):
-        draw(of)
+        draw(of, version=1)
     assert of.version is None  # whoever asks again brings all of it again
 
 
