@@ -19,6 +19,7 @@ from preftune.policies.transformer import Transformer
 from preftune.sampling import vllm_child
 from preftune.sampling.vllm import Carrier, Engine, Server
 from preftune.sampling.vllm_weights import Folder, Transfer
+from preftune.team import current
 
 _PROBE = 64
 """Tokens of a prompt by which the server's weights are compared with the trainer's."""
@@ -62,6 +63,11 @@ def check(config: Config, method: Method) -> None:
 
 def _check_settings(config: Config, method: Method) -> None:
     """Settings that do not go with a server."""
+    if current().size > 1:
+        raise UserError(
+            "sampler: a server has the weights of one process, and this run has "
+            f"{current().size}. Leave sampler out, or train in one process."
+        )
     if config.adapter is not None:
         raise UserError(f"sampler: {_NOT_WHOLE} Leave adapter out, or sampler.")
     if config.stop:

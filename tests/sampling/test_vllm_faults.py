@@ -18,6 +18,7 @@ from preftune.numerics import uniform
 from preftune.samples import Samples
 from preftune.sampling.decoding import Decoding
 from preftune.sampling.vllm import Engine, Server
+from preftune.team import Team
 from test_training import same, timeless
 
 LONGEST = 5
@@ -231,6 +232,12 @@ def test_mistakes(refused, train, pairs_file: str, given: dict[str, Any], told: 
     base = {"method": "rloo", "reward": "length:min"}
     message = refused(*train(), *flags(**base | given))
     assert re.search(told, message, re.DOTALL), message
+
+
+def test_several_processes(refused, train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "current", lambda: Team(rank=0, size=2))
+    asked = flags(method="rloo", reward="length:min", sampler="vllm")
+    assert "and this run has 2" in refused(*train(), *asked)
 
 
 def test_no_python_with_vllm(refused, train, monkeypatch: pytest.MonkeyPatch) -> None:
