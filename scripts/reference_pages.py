@@ -41,8 +41,9 @@ _SECTIONS = {
 }  # fmt: skip
 
 
-def _cells(*cells: str) -> str:
-    return f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |"
+def cells(*texts: str) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(c.replace('|', chr(92) + '|') for c in texts)} |"
 
 
 def _shown(value: Any) -> str:
@@ -72,12 +73,12 @@ def config_page() -> str:
             "",
             f"## {title}",
             "",
-            _cells("setting", "default", "meaning"),
-            _cells(*["---"] * 3),
+            cells("setting", "default", "meaning"),
+            cells(*["---"] * 3),
         ]
         for name in own:
             entry = fields[name]
-            lines.append(_cells(f"`{name}`", _shown(entry.get_default()), entry.description or ""))
+            lines.append(cells(f"`{name}`", _shown(entry.get_default()), entry.description or ""))
     return "\n".join(lines) + "\n"
 
 
@@ -94,19 +95,19 @@ def papers_page() -> str:
 
         ## Methods
         """).splitlines()
-    lines += ["", _cells("row", "paper"), _cells("---", "---")]
-    lines += [_cells(f"`{m.name}`", m.paper) for m in methods.table().values()]
-    lines += ["", "## Claims", "", _cells("claim", "scale", "source"), _cells(*["---"] * 3)]
+    lines += ["", cells("row", "paper"), cells("---", "---")]
+    lines += [cells(f"`{m.name}`", m.paper) for m in methods.table().values()]
+    lines += ["", "## Claims", "", cells("claim", "scale", "source"), cells(*["---"] * 3)]
     lines += [
-        _cells(f"`{c.id}`", c.scale, c.source) for c in claims.load().values()
+        cells(f"`{c.id}`", c.scale, c.source) for c in claims.load().values()
         if not c.size and c.source != "control"
     ]  # fmt: skip
     for path in sorted(RECIPES.glob("*/*.yaml")):
         name = path.relative_to(RECIPES).as_posix()
         lines += ["", f"## recipes/{name}", "", _head(path), ""]
-        lines += [_cells("setting", "value", "tag", "place"), _cells(*["---"] * 4)]
+        lines += [cells("setting", "value", "tag", "place"), cells(*["---"] * 4)]
         lines += [
-            _cells(f"`{m['name']}`", f"`{m['value']}`", m["tag"], m["place"]) for m in _tagged(path)
+            cells(f"`{m['name']}`", f"`{m['value']}`", m["tag"], m["place"]) for m in _tagged(path)
         ]
     return "\n".join(lines) + "\n"
 
