@@ -36,7 +36,7 @@ def bash(found: completion.Offered, *words: str) -> list[str]:
         (["train", "--lr-"], ["--lr-schedule"]),
         (["train", "--lr-schedule", ""], ["constant", "linear", "cosine"]),
         (["train", "--method", "on_policy_d"], ["on_policy_dpo"]),
-        (["train", "--json", "--max-s"], ["--max-steps", "--max-skipped"]),
+        (["train", "--json", "--max-sk"], ["--max-skipped"]),
         (["train", "--config", ""], []),
         (["report", "run"], []),
         (["env", ""], ["--json", "--help"]),
