@@ -30,6 +30,13 @@ def test_the_package_alone_loads_neither_torch_nor_transformers():
     assert "preftune" in found and not found & {"torch", *HEAVY}
 
 
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_loads_neither(flag: str) -> None:
+    code = "import sys; from preftune.cli import run; run(sys.argv[1:]); print(*sys.modules)"
+    found = {name.partition(".")[0] for name in run(code, flag)[-1].split()}
+    assert "preftune" in found and not found & {"torch", *HEAVY}
+
+
 def test_the_loop_and_what_is_below_need_only_torch():
     """So that whole runs work on a machine that has torch, NumPy, safetensors and jaxtyping. One
     process imports them one after another, as each of its own would load torch anew; what stands
