@@ -17,7 +17,7 @@ from preftune import cli
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 SMALLER = {
-    r"--budget \w+": "--budget 30s",
+    r"--budget \w+": "--budget 90s",
     r"--draw 216": "--draw 4",
     r"--texts 20": "--texts 0",
     r"--probe-steps 40": "--probe-steps 2",
@@ -58,7 +58,7 @@ def smaller(line: str) -> list[str]:
     if arguments[0] == "train" and "--resume" not in arguments:
         arguments += ["--max-steps", "2", "--batch-size", "2"]
     if arguments[0] in ("compare", "diagnose") and "--budget" not in arguments:
-        arguments += ["--budget", "30s"]
+        arguments += ["--budget", "90s"]
     if arguments[0] == "launch":  # tests/many launches
         arguments.insert(1, "--dry-run")
     if arguments[0] == "compare":
@@ -73,7 +73,7 @@ def place(here: Path, make_tiny_model, monkeypatch: pytest.MonkeyPatch) -> Path:
     models.mkdir(parents=True)
     make_tiny_model(models / "smollm2-135m", max_position_embeddings=1024)
     monkeypatch.setenv("PREFTUNE_CACHE", str(here / "cache"))
-    texts = [f"Say {n}." for n in range(24)]
+    texts = [f"Say {n}." for n in range(48)]
     pairs = [
         {"prompt": t, "chosen": f"{n}", "rejected": f"I would say {n} now"}
         for n, t in enumerate(texts)
