@@ -1,6 +1,6 @@
 """Run the commands of docs/tutorial.md and write what they print below them.
 
-python scripts/make_tutorial.py            about ten minutes on two cores
+python scripts/make_tutorial.py            about fifteen minutes on two cores
 
 Each ```console block holds one command behind `$ ` and its output, which is replaced; nothing else
 on the page is. Everything happens in a folder that is thrown away. Only stdout is shown.
