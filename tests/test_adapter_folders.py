@@ -17,6 +17,8 @@ from preftune.config import Adapter, Config
 from preftune.errors import UserError
 from preftune.parts import prepare
 
+pytestmark = pytest.mark.long
+
 Refused = Callable[..., str]
 
 

@@ -21,6 +21,8 @@ from preftune.policies.transformer import Transformer
 from preftune.reward_model import RewardModel
 from preftune.sampling.decoding import Decoding
 
+pytestmark = pytest.mark.long
+
 LN2 = math.log(2)
 Settings = Callable[..., dict[str, Any]]
 

@@ -14,6 +14,8 @@ import torch
 
 from preftune import cli
 
+pytestmark = pytest.mark.long
+
 GOOD = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"not {n}"} for n in range(12)]
 BROKEN = [
     "{broken",

@@ -3,6 +3,8 @@
 import pytest
 import yaml
 
+pytestmark = pytest.mark.long
+
 PAIRS = {
     "source": "offline", "labeller": "given_preference", "objective": "dpo",
     "settings": {"beta": 0.1},

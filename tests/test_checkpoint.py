@@ -13,6 +13,8 @@ from preftune.durable import verify
 from preftune.errors import GuardStop, UserError
 from tables import begin, make_world, row_of
 
+pytestmark = pytest.mark.long
+
 
 def started(name: str = "ppo", **more) -> tuple[loop.State, loop.Settings]:
     return begin(row_of(name), make_world(name), **more)

@@ -13,6 +13,8 @@ import yaml
 from preftune import cli, methods
 from preftune.progress import Progress
 
+pytestmark = pytest.mark.long
+
 LENGTH = """
 def count(prompts, completions, **columns):
     return [float(len(str(c))) for c in completions]

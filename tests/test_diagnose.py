@@ -17,6 +17,8 @@ from preftune.diagnosis.reading import DOCUMENTED
 from preftune.errors import UserError
 from preftune.policies.transformer import Transformer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def own_pairs(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -30,6 +30,8 @@ from preftune.policies.transformer import Transformer
 from preftune.samples import Samples
 from preftune.sampling.decoding import Decoding
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:

@@ -20,6 +20,8 @@ from preftune.data import Renderer, load_examples, unpacking
 from preftune.data import trial as trials
 from preftune.errors import UserError
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize(
     ("template", "reason"),

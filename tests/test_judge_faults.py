@@ -17,6 +17,8 @@ from preftune.judging import JudgeAnswers
 from preftune.resuming import resumed
 from test_training import same, timeless
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:

@@ -103,7 +103,7 @@ def held_at_each(
     [
         pytest.param("ppo", "kl", (0.05, 1.5), 400, marks=pytest.mark.slow),
         pytest.param("rloo", "kl", (0.05, 1.5), 240, marks=pytest.mark.slow),
-        ("hypo", "weight", (0.005, 0.15), 240),
+        pytest.param("hypo", "weight", (0.005, 0.15), 240, marks=pytest.mark.slow),
     ],
 )
 def test_the_budget_is_held_from_coefficients_far_apart(name, coefficient, values, steps):

@@ -12,6 +12,8 @@ from preftune.diagnosis.job import Diagnosis
 from preftune.parts import prepare
 from preftune.policies.transformer import Transformer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def few(here: Path) -> Path:

@@ -8,6 +8,8 @@ import pytest
 
 from preftune import cli, pipeline
 
+pytestmark = pytest.mark.long
+
 NAMES = ("ppo", "hypo", "on_policy_dpo")
 
 

@@ -17,6 +17,8 @@ from preftune.diagnosis.measure import Measured, Surveyed
 from preftune.errors import GuardStop, Saved, UserError
 from preftune.runs import RunFolder
 
+pytestmark = pytest.mark.long
+
 FIGURES = {
     "probe_kl", "probe_kl_by_tokens", "probe_gap", "probe_feature_ratio", "probe_feature_shift",
     "probe_ensemble_ratio",

@@ -18,6 +18,8 @@ from preftune.method import SETTINGS
 from preftune.rounds import updates_per_epoch
 from preftune.runs import RunFolder
 
+pytestmark = pytest.mark.long
+
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
 NAMES = [str(path.relative_to(FOLDER)) for path in RECIPES]

@@ -30,6 +30,8 @@ from preftune.rounds import World, group_terms, next_minibatch, read, refill, vi
 from preftune.sources import Offline
 from preftune.terms import Term
 
+pytestmark = pytest.mark.long
+
 CACHED = ("dpo", "ipo", "kto", "hypo", "half_and_half")
 
 

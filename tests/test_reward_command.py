@@ -11,6 +11,8 @@ from preftune import cli, train
 from preftune.reward_evaluation import calibration_error, figures
 from preftune.runs import RunFolder
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def pairs(here):

@@ -9,6 +9,8 @@ import pytest
 from preftune import cli
 from preftune.signals import Signals
 
+pytestmark = pytest.mark.long
+
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)

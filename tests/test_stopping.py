@@ -16,6 +16,8 @@ from preftune.sampling.decoding import Decoding
 from preftune.stopping import WINDOW, Plateau
 from tables import Table
 
+pytestmark = pytest.mark.long
+
 S, A = 4, 4
 TABLE = Table(rows=tuple((s % A, (s + 1) % A) for s in range(S)))
 

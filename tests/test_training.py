@@ -16,6 +16,8 @@ from preftune.events import Event
 from preftune.huggingface import load_tokenizer
 from preftune.resuming import resumed
 
+pytestmark = pytest.mark.long
+
 ROWS = list(methods.table())
 
 

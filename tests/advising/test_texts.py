@@ -41,6 +41,8 @@ from preftune.problems import story
 from preftune.samples import REFERENCE, Samples
 from preftune.study import Cell, advance
 
+pytestmark = pytest.mark.long
+
 FEW = 64
 """Pairs of a drawn problem."""
 

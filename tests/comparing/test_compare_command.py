@@ -13,6 +13,8 @@ from preftune import cli
 from preftune.comparing import running
 from preftune.comparing.stages import once
 
+pytestmark = pytest.mark.long
+
 PAIRS = 33
 """Of as many prompts: eleven are held out."""
 

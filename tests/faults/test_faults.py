@@ -12,6 +12,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from harness import Trials  # noqa: E402
 from judges import KINDS, JudgeTrials  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: str, pairs_file: str, tmp_path_factory: pytest.TempPathFactory) -> Trials:

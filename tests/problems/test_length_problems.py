@@ -16,6 +16,8 @@ from preftune.problems.answering import answers
 from preftune.problems.preferences import Pairs, Task, make_pairs
 from preftune.problems.small_models import Shape
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:

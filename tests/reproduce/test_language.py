@@ -19,6 +19,8 @@ from preftune.reproduce.places import Judge, Place
 from preftune.reproduce.text_cell import TextCell
 from preftune.study import Curves, Runnable
 
+pytestmark = pytest.mark.long
+
 CLAIMS = {k: c for k, c in load().items() if c.group != "bandits"}
 SEEDS = (0, 1)
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("trl", reason="trl is not installed: parity with it is not checked")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "trl_parity.py"
 ROWS = [
