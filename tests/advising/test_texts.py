@@ -41,8 +41,6 @@ from preftune.problems import story
 from preftune.samples import REFERENCE, Samples
 from preftune.study import Cell, advance
 
-pytestmark = pytest.mark.long
-
 FEW = 64
 """Pairs of a drawn problem."""
 
@@ -153,8 +151,9 @@ def test_a_file_by_hand(tmp_path: Path, tiny_model: str) -> None:
     assert isinstance(found, TextProblem)
     assert found.kind == "text" and found.pairs[0]["rejected_finished"] is False
     assert found.prices == Prices(label=3.0, sample=1.0) and found.shape == ("small", 1, 0.1)
+    before = found.digest
     (tmp_path / "own.py").write_text("def length(completions, **_):\n    return completions\n")
-    assert replace(found).digest != found.digest, "it is another reward"
+    assert replace(found).digest != before, "it is another reward"
 
 
 @pytest.mark.parametrize(("changes", "words"), [
