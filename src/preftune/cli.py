@@ -63,16 +63,16 @@ def run(args: Sequence[str]) -> int:
         return _as_one_of_many(list(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     except GuardStop as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return 3
+        return exit_code(error)
     except Saved as ended:
         print(f"saved: {ended}", file=sys.stderr)
-        return 75
-    except KeyboardInterrupt:
+        return exit_code(ended)
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 130
+        return exit_code(stop)
     except (SystemExit, Elsewhere) as stop:  # tyro: 0 after --help, 2 after a wrong flag
         return exit_code(stop)
     except BrokenPipeError:

@@ -3,30 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from preftune.cli_train import JSON, print_json, settings
+from preftune.cli_train import of_run, print_json
 
 
 def estimate(args: Sequence[str]) -> int:
     """Print memory and time of the run that `train` would make of the same flags."""
-    import tyro
-
     from preftune import config, flags, inspecting
     from preftune.progress import stderr, working
 
-    many = tyro.conf.UseAppendAction[tuple[str, ...]]
-    given, own = flags.parse(
+    probing = ("no_probe", bool, False, "load no model: times are taken from a table, and rough")
+    values, overrides, own = of_run(
         "estimate",
         "Memory and time of a run before it runs, and what to change where it will not fit.",
         flags.TRAIN,
         args,
-        [
-            ("config", str | None, None, "YAML file of settings; flags win"),
-            ("set", many, (), "PATH=VALUE, e.g. terms.1.weight=0.3; may be repeated"),
-            ("no_probe", bool, False, "load no model: times are taken from a table, and rough"),
-            JSON,
-        ],
+        [probing],
     )
-    values, overrides = settings(given, own["config"], own["set"])
     loaded, console = config.load(values), stderr()
 
     def say(message: str) -> None:

@@ -141,15 +141,13 @@ def merge(args: list[str]) -> int:
     return 0
 
 
-def _run(
-    command: str, text: str, names: Sequence[str], args: list[str], fixed: dict[str, Any]
-) -> tuple[Path, dict[str, Any], bool]:
-    """Train as the flags say; the run's folder, its last metrics, and whether JSON is asked for."""
+def of_run(
+    command: str, text: str, names: Sequence[str], args: Sequence[str], extra: Sequence[Any] = ()
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A run's settings from flags, file and --set; overrides below `terms`; and other flags."""
     import tyro
 
-    from preftune import config as configs
     from preftune import flags
-    from preftune.progress import Progress, stderr, working
 
     many = tyro.conf.UseAppendAction[tuple[str, ...]]
     given, own = flags.parse(
@@ -160,10 +158,22 @@ def _run(
         [
             ("config", str | None, None, "YAML file of settings; flags win"),
             ("set", many, (), "PATH=VALUE, e.g. terms.1.weight=0.3; may be repeated"),
+            *extra,
             JSON,
         ],
     )
-    values, overrides = settings(given, own["config"], own["set"])
+    return *settings(given, own["config"], own["set"]), own
+
+
+def _run(
+    command: str, text: str, names: Sequence[str], args: list[str], fixed: dict[str, Any]
+) -> tuple[Path, dict[str, Any], bool]:
+    """Train as the flags say; the run's folder, its last metrics, and whether JSON is asked for."""
+
+    from preftune import config as configs
+    from preftune.progress import Progress, stderr, working
+
+    values, overrides, own = of_run(command, text, names, args)
     values = {**values, **fixed}
     configs.load(values)  # before torch is loaded, which takes seconds
     console = stderr()

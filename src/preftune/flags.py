@@ -124,8 +124,8 @@ def _kind(name: str, annotation: Any) -> tuple[Any, str]:
     if name == "method":
         return str | None, "NAME"
     if name in ("reward", "reward_weights", "stop", "trackers"):
-        plain = "FLOAT" if name == "reward_weights" else "STR"
-        return tuple[str, ...] | None, f"{plain if name != 'trackers' else 'NAME'} ..."
+        plain = {"reward_weights": "FLOAT", "trackers": "NAME"}.get(name, "STR")
+        return tuple[str, ...] | None, f"{plain} ..."
     if name == "adapter":
         kinds = typing.get_args(Adapter.model_fields["kind"].annotation)
         return str | None, "{" + ",".join(kinds) + "}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from preftune import automatic
+from preftune import automatic, reference_cache
 from preftune.estimating.counts import (
     Counts,
     Rehearsal,
@@ -100,8 +100,6 @@ def memory(of: Rehearsal, counts: Counts) -> Memory:
 
 def _cache_alone(of: Rehearsal) -> bool:
     """The reference is let go of once its log-probs are known."""
-    from preftune import reference_cache
-
     parts = of.parts
     known = keeps_reference(parts) and not reference_cache.still_asked(parts.method)
     return known and parts.held_out is None

@@ -6,7 +6,8 @@ everything is thrown away; it is slower.
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -109,21 +110,18 @@ def _rate(found: Sequence[tuple[float, int]]) -> float:
     return median(rates) if rates else 0.0
 
 
-class _short:
+@contextmanager
+def _short(parts: Parts) -> Iterator[None]:
     """Responses of few tokens, inside."""
-
-    def __init__(self, parts: Parts) -> None:
-        models = (parts.model, parts.reference)
-        self.policies = [p for p in models if isinstance(p, Transformer)]
-
-    def __enter__(self) -> None:
-        self.before = [p.decoding for p in self.policies]
-        for policy in self.policies:
-            most = min(policy.decoding.max_new_tokens, LONGEST)
-            policy.decoding = replace(policy.decoding, max_new_tokens=most)
-
-    def __exit__(self, *_: object) -> None:
-        for policy, decoding in zip(self.policies, self.before, strict=True):
+    policies = [p for p in (parts.model, parts.reference) if isinstance(p, Transformer)]
+    before = [p.decoding for p in policies]
+    for policy, decoding in zip(policies, before, strict=True):
+        most = min(decoding.max_new_tokens, LONGEST)
+        policy.decoding = replace(decoding, max_new_tokens=most)
+    try:
+        yield
+    finally:
+        for policy, decoding in zip(policies, before, strict=True):
             policy.decoding = decoding
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
-
 from preftune.automatic import RATES
 from preftune.estimating.counts import Counts, Rehearsal, Update
 from preftune.estimating.hollow import Draw, Log
@@ -150,5 +148,5 @@ def total(found: Iterable[Stage], rates: Rates) -> tuple[float, float, float]:
 
 def spread_of(times: Iterable[float]) -> float:
     """How far the slowest is from the fastest, as a share of the fastest, halved."""
-    found = torch.tensor(list(times), dtype=torch.float64)
-    return float((found.max() / found.min() - 1) / 2) if len(found) > 1 else 0.0
+    found = list(times)
+    return (max(found) / min(found) - 1) / 2 if len(found) > 1 else 0.0

@@ -42,9 +42,8 @@ def shard(trunk: Any, heads: Iterable[torch.nn.Module], size: int) -> None:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     entrance(lambda: None)  # settles which is the root, before a sampler calls a block
-    parts[
-        -1
-    ].reshard()  # a root stays gathered behind a pass, and the optimizer is to see its parts
+    # a root stays gathered behind a pass, and the optimizer is to see its parts
+    parts[-1].reshard()
     trunk.through = entrance
 
 
@@ -52,9 +51,12 @@ def shard(trunk: Any, heads: Iterable[torch.nn.Module], size: int) -> None:
 def gathered(*models: Any) -> Iterator[None]:
     """All weights in every process, for passes that the processes do not make together: sampling
     and scoring without gradients. Nothing happens to weights that are not spread."""
+    roots = [x for m in models if isinstance(x := _through(m), _Entrance)]
+    if not roots:
+        yield
+        return
     from torch.distributed.fsdp import FSDPModule
 
-    roots = [x for m in models if isinstance(x := _through(m), _Entrance)]
     parts = [m for root in roots for m in root.modules() if isinstance(m, FSDPModule)]
     blocks = [m for m in parts if m not in roots]
     for part in parts:
@@ -76,11 +78,12 @@ def _through(model: Any) -> Any:
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A full tensor as the other is: this process's part of it where that is spread."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
+    spread: Any = like
+    if not hasattr(spread, "full_tensor"):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), spread.device_mesh, spread.placements)
 
 
 def whole_state(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -80,6 +80,13 @@ def by_hand(model: str, url: str, given: Sequence[str]) -> str:
     return f"VLLM_SERVER_DEV_MODE=1 {shlex.join([*entry, *given])}"
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Child:
     """A server that ends with us, however we end."""
 
@@ -94,9 +101,7 @@ class Child:
             UserError: it ended before it answered.
         """
         self.log = log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [
             python(), "-P", *_ENTRY, "--model", str(model), "--skip-tokenizer-init",

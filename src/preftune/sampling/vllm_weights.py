@@ -8,7 +8,6 @@
 """
 
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from preftune import durable
 from preftune.sampling.vllm import Server
+from preftune.sampling.vllm_child import free_port
 
 
 class Folder:
@@ -102,11 +102,8 @@ class Transfer:
         )
 
         workers = int(server.ask("/get_world_size")["world_size"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         meeting = NCCLTrainerInitInfo(
-            rank=0, master_address="127.0.0.1", master_port=port, world_size=1 + workers
+            rank=0, master_address="127.0.0.1", master_port=free_port(), world_size=1 + workers
         )
         return WeightTransferTrainerFactory.trainer_init(
             meeting, client=_Control(server), source=ModuleSource(self.model)
