@@ -56,7 +56,8 @@ def main() -> None:
     from preftune import config as configs
     from preftune import loop, training
     from preftune.events import teller
-    from preftune.parts import make_settings, prepare, resolved_config
+    from preftune.parts import make_settings, resolved_config
+    from preftune.preparing import prepare
     from preftune.runs import RunFolder
 
     reward = fewest_characters if job.get("reward") else None

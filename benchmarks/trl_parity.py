@@ -40,7 +40,8 @@ def ours(values: Mapping[str, Any], rows: Rows, folder: Path) -> tuple[list[floa
     from preftune import config as configs
     from preftune import from_trl, train
     from preftune.collecting import Context, Cursor
-    from preftune.parts import make_world, prepare
+    from preftune.parts import make_world
+    from preftune.preparing import prepare
 
     found = from_trl.convert(from_trl.table(), from_trl.Given(trainer="dpo", values=values))
     config = {**found.config, "template": "none", "log_every": 1, "output": str(folder / "ours")}

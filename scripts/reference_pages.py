@@ -15,8 +15,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 _LINE = re.compile(r"^(?P<name>[\w.]+): (?P<value>.*?)\s+# \[(?P<tag>\w+)\] (?P<place>.*)$")
 _SECTIONS = {
     "What is trained, on what": (
-        "method", "model", "reference", "adapter", "data", "eval_data", "eval_fraction", "max_rows",
-        "prompts", "reward", "gold", "judge", "retention", "reward_weights", "label_source",
+        "method", "model", "reference", "adapter", "data", "follow", "eval_data", "eval_fraction",
+        "max_rows", "prompts", "reward", "gold", "judge", "retention", "reward_weights", "label_source",
         "output", "resume", "seed",
     ),
     "Updates": (

@@ -15,7 +15,7 @@ from preftune import adapters, building, cli, config
 from preftune.adapter_folder import CONFIG, WEIGHTS, describe
 from preftune.config import Adapter, Config
 from preftune.errors import UserError
-from preftune.parts import prepare
+from preftune.preparing import prepare
 
 pytestmark = pytest.mark.long
 

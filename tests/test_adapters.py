@@ -16,8 +16,8 @@ from preftune import adapters, cli, train
 from preftune.config import Config
 from preftune.errors import UserError
 from preftune.huggingface import load_model
-from preftune.parts import prepare
 from preftune.policies.transformer import Transformer
+from preftune.preparing import prepare
 from preftune.reward_model import RewardModel
 from preftune.sampling.decoding import Decoding
 

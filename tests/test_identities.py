@@ -17,8 +17,9 @@ from preftune.huggingface import load_tokenizer
 from preftune.labellers import Advantage, Best, BestWorst, Demonstration, RewardWeights, Unlabelled
 from preftune.loop import OF_TIME
 from preftune.method import Method
-from preftune.parts import Parts, prepare
+from preftune.parts import Parts
 from preftune.parts import make_world as world_of
+from preftune.preparing import prepare
 from preftune.rounds import World, group_terms, refill
 from preftune.samples import Samples
 from preftune.sources import Offline, OnPolicy

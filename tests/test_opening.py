@@ -9,8 +9,8 @@ from preftune import cli, quickstart
 from preftune.config import load
 from preftune.diagnosis import opening
 from preftune.diagnosis.job import Diagnosis
-from preftune.parts import prepare
 from preftune.policies.transformer import Transformer
+from preftune.preparing import prepare
 
 pytestmark = pytest.mark.long
 

@@ -23,7 +23,8 @@ from preftune.errors import UserError
 from preftune.events import Event
 from preftune.fingerprint import of_weights
 from preftune.labellers import Demonstration
-from preftune.parts import Parts, make_settings, make_world, prepare
+from preftune.parts import Parts, make_settings, make_world
+from preftune.preparing import prepare
 from preftune.reference_cache import attach, obstacle, text_settings
 from preftune.resuming import resumed
 from preftune.rounds import World, group_terms, next_minibatch, read, refill, visited

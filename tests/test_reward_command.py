@@ -48,7 +48,7 @@ def test_it_starts_at_ln_2_and_learns(trained):
 
 def test_prompts_are_held_out_whole(trained, pairs, tiny_model, here):
     from preftune.config import Config
-    from preftune.parts import prepare
+    from preftune.preparing import prepare
 
     given = Config(method="reward", model=tiny_model, data=pairs, output="x", eval_fraction=0.1)
     parts = prepare(given)

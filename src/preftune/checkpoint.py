@@ -23,6 +23,7 @@ from preftune.durable import Damaged
 from preftune.errors import GuardStop, UserError
 from preftune.loop import State
 from preftune.numerics import whole
+from preftune.policies.base import Trainable
 from preftune.policies.sharding import spread_like
 from preftune.rounds import Group, Round
 from preftune.samples import Batch, Samples
@@ -144,8 +145,18 @@ def load(run: State, path: Path) -> None:
         ) from error
 
 
-def load_weights(run: State, path: Path) -> None:
-    """The policy's weights of a checkpoint of this run.
+def last(folder: Path) -> Path | None:
+    """The newest checkpoint, unread."""
+    return next(iter(reversed(_found(folder))), None)
+
+
+def step_of(path: Path) -> int:
+    """Updates that a checkpoint has behind it."""
+    return int(path.name.removeprefix("step-"))
+
+
+def load_weights(policy: Trainable, path: Path) -> None:
+    """A policy's weights from a checkpoint of its run.
 
     Raises:
         UserError: it is damaged.
@@ -156,7 +167,7 @@ def load_weights(run: State, path: Path) -> None:
     except (Damaged, SafetensorError, OSError) as error:
         raise UserError(f"checkpoint '{path}' cannot be used ({error}).") from error
     with torch.no_grad():
-        for name, parameter in run.world.policy.named_parameters():
+        for name, parameter in policy.named_parameters():
             parameter.copy_(spread_like(tensors[f"policy/{name}"], parameter))
 
 

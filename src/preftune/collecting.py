@@ -30,6 +30,20 @@ class Data(Protocol):
         ...
 
 
+@runtime_checkable
+class Growing(Data, Protocol):
+    """Data to which rows are added: an epoch goes through those that came last."""
+
+    def span(self, epoch: int) -> tuple[int, int]:
+        """First row of an epoch, and the row behind its last."""
+        ...
+
+
+def span(data: Data, epoch: int) -> tuple[int, int]:
+    """First row of an epoch, and the row behind its last: all, of data that stay as they are."""
+    return data.span(epoch) if isinstance(data, Growing) else (0, len(data))
+
+
 @dataclass
 class Cursor:
     """How far a source is: all of its state, in a few integers."""
@@ -95,18 +109,18 @@ class Context:
 
     def next_rows(self, n: int, key: int, *, wrap: bool) -> Tensor:
         """The next n rows, in a fresh order each epoch; unless `wrap`, its end cuts them short."""
-        total = len(self.rows)
         rows: list[Tensor] = []
         while n > 0:
+            first, end = span(self.rows, self.cursor.epoch)
             order = permutation(
-                stream_key(shared_seed(self.seed), key, "order"), self.cursor.epoch, total
+                stream_key(shared_seed(self.seed), key, "order"), self.cursor.epoch, end - first
             )
-            part = order[self.cursor.position : self.cursor.position + n]
+            part = first + order[self.cursor.position : self.cursor.position + n]
             rows.append(part)
             self.cursor.position += len(part)
             self.cursor.drawn += len(part)
             n -= len(part)
-            if self.cursor.position >= total:
+            if self.cursor.position >= end - first:
                 self.cursor.epoch, self.cursor.position = self.cursor.epoch + 1, 0
                 if not wrap:
                     break

@@ -91,6 +91,11 @@ class Config(Strict):
     data: str | None = Field(
         None, description="preferences: JSONL, JSON, Parquet, CSV (gz, xz) or a Hub id"
     )
+    follow: float | None = Field(
+        None,
+        gt=0,
+        description="train on rows as they are appended to data, until none came for SECONDS",
+    )
     eval_data: str | None = Field(None, description="held-out rows; their prompts are evaluated on")
     eval_fraction: float | None = Field(
         None,

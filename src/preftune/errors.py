@@ -12,6 +12,10 @@ class UserError(Exception):
     """A mistake in what the user gave: the message says what, where and the cure."""
 
 
+class NoRows(UserError):
+    """No row of the data can be used."""
+
+
 class BadRows(UserError):
     """Too much of the data cannot be used; `rejected` holds the rows, to be kept for the user."""
 

@@ -36,7 +36,7 @@ COMPARE = tuple(
     name for name in Config.model_fields
     if name not in {
         "method", "terms", "eval_fraction", "max_steps", "epochs", "judge", "retention", "best_by",
-        "eval_every", "save_every", "log_every", "trackers", "optimizer",
+        "eval_every", "save_every", "log_every", "trackers", "optimizer", "follow",
     }
 )  # fmt: skip
 INSPECT = (*MODEL, "data", *DATA)

@@ -59,6 +59,8 @@ class Hooks:
     alarm: Callable[[alarms.Fired], None] = lambda fired: None
     after: Callable[["State"], None] = lambda state: None
     """After each step and what follows it."""
+    ready: Callable[["State"], bool] = lambda state: True
+    """Asked before each update, and waited for; False: its data will not come, so the run ends."""
     stop: Callable[[], bool] = lambda: False
     """Asked after each step: end here, with everything in order for a checkpoint."""
 
@@ -280,6 +282,10 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
         _sound_alarms(run, hooks, alarms.after_evaluation(run.watch, 0, found))
     while run.pending is not None or not at_end(run, settings):
         if run.pending is None:
+            if not hooks.ready(run):
+                if not hooks.stop():
+                    _out_of_data(run, settings, hooks)
+                return
             measure = _is_logged(run.step + 1, settings) or run.method.patience is not None
             run.pending = update(run, settings, measure=measure)
             run.plateau = run.plateau.after(run.pending.get("reward"))
@@ -288,6 +294,20 @@ def advance(run: State, settings: Settings, hooks: Hooks) -> None:
         hooks.after(run)
         if hooks.stop():
             return
+
+
+def _out_of_data(run: State, settings: Settings, hooks: Hooks) -> None:
+    """The end of a run whose data did not go on: what it is worth, and all that is needed to go on
+    when there are more."""
+    found: Metrics = {}
+    if hooks.evaluate and settings.eval_every and run.step % settings.eval_every:
+        found = hooks.evaluate(run.step)
+        _is_best(run, settings, found)
+    hooks.log(run.step, found | {"ended": "data"})
+    if found:
+        _sound_alarms(run, hooks, alarms.after_evaluation(run.watch, run.step, found))
+    if hooks.save:
+        hooks.save(run)
 
 
 def at_end(run: State, settings: Settings) -> bool:

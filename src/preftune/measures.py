@@ -59,7 +59,8 @@ DOCUMENTED = {
     "staleness": "optimizer steps since these samples were drawn",
     "entropy": "mean -log-prob of a token of these samples at collection, nats (of samples at "
     "temperature 1: the policy's entropy)",
-    "ended": "of the last row of a run that ended before its last step: plateau (patience)",
+    "ended": "of the last row of a run that ended before its last step: plateau (patience), "
+    "data (no more rows came: follow)",
     "distinct_samples": "different responses among a prompt's fresh samples: 0 all the same, 1 no "
     "two are",
     "updates_not_finite": "updates left out so far, not being finite (max_skipped)",

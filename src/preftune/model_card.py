@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune import __version__, huggingface
+from preftune.following import TAKEN
 from preftune.parts import Parts
 from preftune.reward_model import RewardModel
 from preftune.runs import RunFolder
@@ -97,13 +98,18 @@ def _method(parts: Parts, settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _data(parts: Parts) -> Iterator[str]:
     for what, source, rows in (
-        ("trained on", parts.config.data, parts.data),
+        ("trained on", _taken(parts) or parts.config.data, parts.data),
         ("prompts", parts.config.prompts, parts.prompts if parts.config.prompts else None),
         ("held out", parts.config.eval_data, parts.held_out),
     ):
         if rows is not None:
             yield f"- {what}: {len(rows)} rows ({rows.kind}){_named(source)}"
     yield ""
+
+
+def _taken(parts: Parts) -> str | None:
+    """The run's own copy of data that grew: the file may have changed since."""
+    return str(parts.output / TAKEN) if parts.followed is not None else None
 
 
 def _named(source: str | None) -> str:

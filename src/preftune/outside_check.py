@@ -11,7 +11,8 @@ from preftune import config as configs
 from preftune.config import Config
 from preftune.errors import UserError
 from preftune.gradient import gradient
-from preftune.parts import make_world, prepare
+from preftune.parts import make_world
+from preftune.preparing import prepare
 from preftune.rounds import group_terms
 from preftune.samples import Samples, pad_stack
 

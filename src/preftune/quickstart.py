@@ -19,7 +19,8 @@ from preftune.evaluate import Answers, figures
 from preftune.events import teller
 from preftune.huggingface import DEFAULT_MODEL
 from preftune.numerics import permutation, stream_key
-from preftune.parts import Parts, make_settings, prepare, resolved_config
+from preftune.parts import Parts, make_settings, resolved_config
+from preftune.preparing import prepare
 from preftune.progress import Progress
 from preftune.report import write_report
 from preftune.runs import RunFolder

@@ -36,7 +36,9 @@ def finished(folder: RunFolder, settings: loop.Settings) -> bool:
         rows = folder.read("metrics.jsonl")
         if not rows or not (folder.path / "model").is_dir():
             return False
-        return rows[-1]["step"] == settings.max_steps or "ended" in rows[-1]
+        # where the data ended it, there may be more now
+        ended = rows[-1].get("ended", "data") != "data"
+        return rows[-1]["step"] == settings.max_steps or ended
 
     return current().by_main(look)
 
@@ -49,7 +51,7 @@ def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     folder = RunFolder(parts.output)
     before = folder.read_config()
     free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
-    free |= {"max_skipped", "trackers"}
+    free |= {"max_skipped", "trackers", "follow"}
     free |= {"reference_cache"}  # the same values, up to rounding
     free |= {"sampler"}  # another server, which has the same weights
     old, new = _flat(before), _flat(resolved)

@@ -15,6 +15,7 @@ from preftune import (
     durable,
     engines,
     fingerprint,
+    following,
     held_out,
     loop,
     model_card,
@@ -36,12 +37,12 @@ from preftune.parts import (
     keeps_reference,
     make_settings,
     make_world,
-    prepare,
     resolved_config,
 )
 from preftune.policies.base import Sampler
 from preftune.policies.sharding import gathered, whole_state
 from preftune.policies.transformer import Transformer
+from preftune.preparing import prepare
 from preftune.report import write_report
 from preftune.reward_model import RewardModel
 from preftune.rounds import World
@@ -119,6 +120,8 @@ def _train(
         follow = trackers.following(config.trackers, folder, folder.read_config())
         tell = teller((*callbacks, held.enter_context(follow)))
     keep_answers(parts, folder)
+    if parts.followed is not None:
+        parts.followed.keep_in(folder)
     evaluate = None
     if parts.held_out is not None:
         scores = isinstance(parts.model, RewardModel)
@@ -171,6 +174,7 @@ def execute(
             save=lambda s: _save(s, folder, tell),
             alarm=lambda fired: _alarm(fired, folder, tell),
             after=watch,
+            ready=lambda s: _ready(s, parts, signals, tell),
             stop=lambda: _asked(signals) is not None,
         )
         tell("start", step=state.step, total=settings.max_steps, message=parts.method.name)
@@ -184,7 +188,7 @@ def execute(
             message = f"saved {path}; go on with --output {folder.path} --resume"
             tell("interrupted", step=state.step, message=message)
             raise KeyboardInterrupt if asked == signal.SIGINT else Saved(message)
-    if state.step < settings.max_steps:
+    if state.plateau.reached(state.method.patience) and state.step < settings.max_steps:
         tell("note", message=f"step {state.step}: the reward no longer rises: ended (patience)")
     _take_best(state, folder, tell)
     if keep_model:
@@ -210,6 +214,20 @@ def _check_alike(parts: Parts, settings: loop.Settings) -> None:
 def _asked(signals: Signals) -> int | None:
     """A signal that some process was sent; each must end after the same step."""
     return next((x for x in current().gather(signals.asked) if x is not None), None)
+
+
+def _ready(state: loop.State, parts: Parts, signals: Signals, tell: Tell) -> bool:
+    """Whether the next update has its rows, which are waited for where more are to come."""
+    if parts.followed is None or parts.config.follow is None:
+        return True
+    there = following.wait(
+        parts.followed, state.groups, parts.config.batch_size, parts.config.follow,
+        asked=lambda: _asked(signals) is not None,
+        note=lambda message: tell("note", message=message),
+    )  # fmt: skip
+    if not there and _asked(signals) is None:
+        tell("note", message=f"step {state.step}: no new row of {parts.config.data} came: ended")
+    return there
 
 
 def _evaluate(evaluate: Callable[[int], dict[str, Any]], step: int, parts: Parts) -> dict[str, Any]:
@@ -268,7 +286,7 @@ def _take_best(state: loop.State, folder: RunFolder, tell: Tell) -> None:
     if state.best is None or state.best[0] == state.step:
         return
     path = folder.path / "checkpoints" / f"step-{state.best[0]:06d}"
-    checkpoint.load_weights(state, path)
+    checkpoint.load_weights(state.world.policy, path)
     tell("note", message=f"the model is that of step {state.best[0]}, the best")
 
 

@@ -16,7 +16,8 @@ from preftune.estimating.counts import Counts, Rehearsal, counted, rehearsal
 from preftune.estimating.estimate import estimate
 from preftune.estimating.hollow import Draw, Log
 from preftune.estimating.memory import memory
-from preftune.parts import make_settings, make_world, prepare
+from preftune.parts import make_settings, make_world
+from preftune.preparing import prepare
 from preftune.training import train as run
 
 Settings = dict[str, Any]

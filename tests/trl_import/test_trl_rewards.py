@@ -146,7 +146,7 @@ def test_formats_of_data(here, tiny_model, method, row):
     from datasets import Dataset
 
     from preftune.config import load
-    from preftune.parts import prepare
+    from preftune.preparing import prepare
 
     data = Dataset.from_list([row, row | {"label": False}] if "label" in row else [row, row])
     parts = prepare(load({"method": method, "model": tiny_model}), data=data)

@@ -21,7 +21,8 @@ from preftune.comparing.job import RUNS, Job
 from preftune.errors import GuardStop, Saved, UserError
 from preftune.evaluate import Answers, best_of_n
 from preftune.numerics import masked_sum
-from preftune.parts import Parts, make_settings, prepare, resolved_config
+from preftune.parts import Parts, make_settings, resolved_config
+from preftune.preparing import prepare
 from preftune.runs import RunFolder
 
 Tell = Callable[[int, int], None]

@@ -174,7 +174,8 @@ def _text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
 
 
-def _parse(text: str) -> Any:
+def parse(text: str) -> Any:
+    """A line of JSON; what cannot be read is a `Malformed`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -184,7 +185,7 @@ def _parse(text: str) -> Any:
 def _lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield number, _parse(line.rstrip("\n"))
+            yield number, parse(line.rstrip("\n"))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -199,7 +200,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
         text = handle.read()
     if not text.strip():
         return
-    whole = _parse(text)
+    whole = parse(text)
     if isinstance(whole, Malformed):
         rows = list(_lines(text.split("\n")))
         if all(isinstance(row, Malformed) for _, row in rows) or len(rows) == 1:
@@ -239,7 +240,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
 def _cell(text: str) -> Any:
     """A cell; lists of turns stand in CSV as JSON, and an empty cell is a missing value."""
     if text.startswith("[{"):
-        value = _parse(text)
+        value = parse(text)
         return text if isinstance(value, Malformed) else value
     return text or None
 

@@ -14,7 +14,7 @@ from typing import Any
 from preftune.data.canonical import COLUMNS, KINDS, Example, Refused, allowed, canonical, kind_of
 from preftune.data.files import Malformed, ending, read_rows
 from preftune.durable import write_text
-from preftune.errors import BadRows, UserError, nearest
+from preftune.errors import BadRows, NoRows, UserError, nearest
 
 _NEEDED = {
     "pairs": "chosen and rejected (with prompt, or as dialogues)",
@@ -77,7 +77,7 @@ def load_examples(
             rejected.append(Rejected(where=where, reason=str(error), row=raw))
     name = str(source) if isinstance(source, (str, Path)) else "in memory"
     if not found:
-        raise UserError(f"data '{name}': {_why_nothing(rejected, list(columns), want)}")
+        raise NoRows(f"data '{name}': {_why_nothing(rejected, list(columns), want)}")
     counts = Counter(kind for kind, _, _ in found)
     kind = max(KINDS, key=lambda k: counts[k])
     examples = [example for own, example, _ in found if own == kind]

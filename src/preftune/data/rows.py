@@ -10,7 +10,7 @@ from torch import Tensor
 from preftune.data.canonical import LABELS, Example, Prompt
 from preftune.data.chat import Renderer, RowError
 from preftune.data.formats import Rejected, summary
-from preftune.errors import UserError, nearest
+from preftune.errors import NoRows, UserError, nearest
 from preftune.samples import DATA, Samples, pad_stack
 
 TRUNCATIONS = ("drop", "left", "right", "error")
@@ -85,6 +85,15 @@ class Rows:
             texts=[self.texts[i] for i in rows],
             where=[self.where[i] for i in rows],
         )
+
+    def extend(self, more: "Rows") -> None:
+        """Add rows of the same kind behind these, in place, for whoever holds these."""
+        assert more.kind == self.kind, f"{more.kind} behind {self.kind}"
+        for name in {*self.columns, *more.columns}:
+            own = self.columns.setdefault(name, [None] * len(self))
+            own.extend(more.columns.get(name, [None] * len(more)))
+        for name in ("prompts", "responses", "finished", "texts", "where"):
+            getattr(self, name).extend(getattr(more, name))
 
     def _extra(self, rows: list[int]) -> dict[str, Tensor]:
         extra = {}
@@ -192,7 +201,7 @@ def build_rows(
         rejected=rejected,
     )
     if not kept:
-        raise UserError(_why_empty(report))
+        raise NoRows(_why_empty(report))
     return _collect(kept), report
 
 

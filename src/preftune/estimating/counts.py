@@ -27,8 +27,9 @@ from preftune.collecting import Source
 from preftune.config import Config
 from preftune.estimating.hollow import Hollow, HollowScores, Lengths, Log, make
 from preftune.gradient import gradient
-from preftune.parts import Parts, keeps_reference, make_settings, make_world, prepare
+from preftune.parts import Parts, keeps_reference, make_settings, make_world
 from preftune.policies.scoring import score_all
+from preftune.preparing import prepare
 from preftune.rounds import World, group_terms, read
 from preftune.runs import RunFolder
 from preftune.samples import Samples
@@ -95,7 +96,7 @@ class Rehearsal:
 def rehearsal(
     config: Config, overrides: Mapping[str, Any] | None = None, data: Any = None
 ) -> Rehearsal:
-    """Prepare a run as `parts.prepare` does, but load no weights, and write nothing.
+    """Prepare a run as `preparing.prepare` does, but load no weights, and write nothing.
 
     Raises:
         UserError: what `prepare` would raise.

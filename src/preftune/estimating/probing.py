@@ -24,9 +24,10 @@ from preftune.gradient import gradient
 from preftune.method import Method, configure
 from preftune.numerics import stream_key, uniform
 from preftune.optimizer import make
-from preftune.parts import Parts, blocks_are, make_world, prepare
+from preftune.parts import Parts, blocks_are, make_world
 from preftune.policies.scoring import sizes
 from preftune.policies.transformer import Transformer
+from preftune.preparing import prepare
 from preftune.rounds import Group, World, group_terms
 from preftune.sampling.local import MAX_ROWS
 from preftune.terms import trimmed
@@ -73,7 +74,7 @@ def probe(
     """Load the run's parts, and time a few updates.
 
     Raises:
-        UserError: what `parts.prepare` raises.
+        UserError: what `preparing.prepare` raises.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from preftune import loading
+from preftune import huggingface, loading
 from preftune.config import Config
 from preftune.data import Renderer, Rows
 from preftune.errors import UserError
 from preftune.labelling.book import Pair
+from preftune.labelling.latest import Latest, is_run, latest, model_of
 from preftune.numerics import permutation, stream_key, uniform
 from preftune.policies.transformer import Transformer
 
@@ -26,6 +28,15 @@ class Writer:
     policy: Transformer
     rows: Rows
     renderer: Renderer
+    latest: Latest | None = None
+    """Of a run that goes on: it says by which weights it writes."""
+
+    def now(self) -> str:
+        """Its name, once it has the newest weights."""
+        if self.latest is None:
+            return self.name
+        step = self.latest.refresh()
+        return f"{self.name}, step {step}" if step else self.name
 
 
 def writers(config: Config, names: Sequence[str]) -> list[Writer]:
@@ -36,15 +47,33 @@ def writers(config: Config, names: Sequence[str]) -> list[Writer]:
     """
     found = []
     for name in names:
-        policy, tokenizer = loading.model_of(config, name)
-        rows, renderer = loading.prompts_of(config, policy, tokenizer)
-        found.append(Writer(name=name, policy=policy, rows=rows, renderer=renderer))
+        if len(names) > 1 and _goes_on(name):
+            raise UserError(
+                f"models: the run '{name}' goes on, and its weights would change while they are "
+                "compared. Wait until it has ended."
+            )
+        found.append(_writer(config, name))
     if any(w.rows.where != found[0].rows.where for w in found):
         raise UserError(
             "models: one of them refuses prompts that the other takes (they are too long for it). "
             "Give shorter ones, or a smaller --max-new-tokens."
         )
     return found
+
+
+def _writer(config: Config, name: str) -> Writer:
+    following = latest(config, name) if _goes_on(name) else None
+    if following is not None:
+        policy, tokenizer = following.policy, huggingface.load_tokenizer(model_of(name))
+    else:
+        policy, tokenizer = loading.model_of(config, model_of(name) if is_run(name) else name)
+    rows, renderer = loading.prompts_of(config, policy, tokenizer)
+    return Writer(name=name, policy=policy, rows=rows, renderer=renderer, latest=following)
+
+
+def _goes_on(name: str) -> bool:
+    """Whether this is the folder of a run that has not left its model yet."""
+    return is_run(name) and not (Path(name) / "model").is_dir()
 
 
 def draw(each: Sequence[Writer], seed: int, number: int) -> Pair | None:
@@ -56,6 +85,7 @@ def draw(each: Sequence[Writer], seed: int, number: int) -> Pair | None:
     rows = each[0].rows
     epoch, place = divmod(number, len(rows))
     row = int(permutation(stream_key(seed, "label"), epoch, len(rows))[place])
+    names = [writer.now() for writer in each]
     for attempt in range(TRIES):
         key = stream_key(seed, "label", number, attempt)
         if len(each) == 2:
@@ -66,7 +96,7 @@ def draw(each: Sequence[Writer], seed: int, number: int) -> Pair | None:
         if first.strip() != second.strip():
             return Pair(
                 id=number, row=row, prompt=rows.texts[row], responses=(first, second),
-                finished=(done, done_too), writers=(each[0].name, each[-1].name),
+                finished=(done, done_too), writers=(names[0], names[-1]),
             )  # fmt: skip
     return None
 

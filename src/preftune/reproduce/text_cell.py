@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from preftune import config, held_out, parts, training
+from preftune import config, held_out, parts, preparing, training
 from preftune.errors import GuardStop
 from preftune.evaluate import Answers, figures
 from preftune.likelihoods import pair_figures
@@ -87,7 +87,7 @@ class TextCell:
                 "lr_schedule": "constant", "log_every": max(1, self.updates // self.evals),
                 "eval_every": max(1, self.updates // self.evals), **made.settings(), **plain,
             }  # fmt: skip
-            of = parts.prepare(config.load(given), overrides=terms)
+            of = preparing.prepare(config.load(given), overrides=terms)
             return _trained(of, seed, self.answers or ANSWERS)
 
 
