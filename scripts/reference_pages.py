@@ -16,8 +16,8 @@ _LINE = re.compile(r"^(?P<name>[\w.]+): (?P<value>.*?)\s+# \[(?P<tag>\w+)\] (?P<
 _SECTIONS = {
     "What is trained, on what": (
         "method", "model", "reference", "adapter", "data", "follow", "eval_data", "eval_fraction",
-        "max_rows", "prompts", "reward", "gold", "judge", "retention", "reward_weights", "label_source",
-        "output", "resume", "seed",
+        "max_rows", "prompts", "reward", "gold", "judge", "retention", "reward_weights",
+        "label_source", "output", "resume", "seed",
     ),
     "Updates": (
         "max_steps", "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "lr_schedule",
