@@ -24,7 +24,7 @@ from preftune.evaluate import (
     interval,
 )
 from preftune.figures import best_of_kl
-from preftune.likelihoods import pair_figures, plain_text, retention, windows
+from preftune.likelihoods import pair_figures, pair_logp, plain_text, retention, windows
 from preftune.policies.categorical import Categorical
 from preftune.policies.transformer import Transformer
 from preftune.samples import Samples
@@ -351,6 +351,13 @@ def test_pairs_of_one_prompt_are_one_unit() -> None:
     often = pair_figures(policy(), policy(1), Pairs(s.take(torch.tensor([0, 1, 2, 3] * 9))), None)
     once = pair_figures(policy(), policy(1), Pairs(s), None)
     assert often["implicit_margin"]["low"] == pytest.approx(once["implicit_margin"]["low"])
+
+
+def test_a_reference_that_is_known_is_not_asked() -> None:
+    many = Pairs(tiny.ragged().take(torch.arange(40) % 4))  # more than one batch
+    known = pair_logp(policy(1), many, 40)
+    found = pair_figures(policy(), policy(2), many, 40, ref_logp=known)
+    assert found == pair_figures(policy(), policy(1), many, 40)
 
 
 def test_retention_against_plain_forwards() -> None:

@@ -31,6 +31,7 @@ def pair_figures(
     budget: int | None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ref_logp: Tensor | None = None,
 ) -> Figures:
     """Accuracy and margin of the implicit reward on pairs, and the log-ratios it is made of.
 
@@ -39,12 +40,17 @@ def pair_figures(
     Args:
         pairs: rows whose first response is the chosen one, whose second the rejected one.
         budget: tokens in one forward pass.
+        ref_logp: `pair_logp` of the reference, where it is known.
     """
     ratios: list[Tensor] = []
     clusters: dict[tuple[int, ...], int] = defaultdict(lambda: len(clusters))
     places: list[int] = []
     for samples in pair_batches(pairs):
-        mine, theirs = (response_logp(p, samples, budget) for p in (policy, reference))
+        mine = response_logp(policy, samples, budget)
+        if ref_logp is None:
+            theirs = response_logp(reference, samples, budget)
+        else:
+            theirs = ref_logp[len(places) : len(places) + len(mine)]
         ratios.append(mine - theirs)
         for ids, mask in zip(samples.prompt, samples.prompt_mask, strict=True):
             places.append(clusters[tuple(ids[mask].tolist())])
@@ -59,6 +65,11 @@ def pair_figures(
         "log_ratio_rejected": rejected,
     }
     return {name: clustered(x, cluster, seed=seed) for name, x in found.items()}
+
+
+def pair_logp(policy: Policy, pairs: Data, budget: int | None) -> Tensor:
+    """Summed log-probs of the chosen and the rejected response of each pair, [N, 2], float64."""
+    return torch.cat([response_logp(policy, part, budget) for part in pair_batches(pairs)])
 
 
 def pair_batches(rows: Data) -> Iterator[Samples]:

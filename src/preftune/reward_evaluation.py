@@ -17,7 +17,7 @@ from preftune.adapters import is_classifier
 from preftune.data import Rows
 from preftune.figures import Figure, Figures, clustered, wins
 from preftune.held_out import eval_metrics
-from preftune.likelihoods import pair_batches, response_logp
+from preftune.likelihoods import pair_batches, pair_logp
 from preftune.parts import Parts
 from preftune.policies.base import Trainable
 from preftune.policies.scoring import outputs_all
@@ -123,7 +123,7 @@ def likelier(parts: Parts, rows: Rows) -> dict[str, Tensor]:
         return {}
     policy = building.make_policy(parts.config, None, parts.tokenizer)
     budget = parts.micro_batch_tokens
-    logp = torch.cat([response_logp(policy, part, budget) for part in pair_batches(rows)])
+    logp = pair_logp(policy, rows, budget)
     return {"ref_logp": wins(logp[:, 0], logp[:, 1])}
 
 

@@ -16,7 +16,7 @@ import torch
 from preftune import config, held_out, parts, preparing, training
 from preftune.errors import GuardStop
 from preftune.evaluate import Answers, figures
-from preftune.likelihoods import pair_figures
+from preftune.likelihoods import pair_figures, pair_logp
 from preftune.numerics import stream_key
 from preftune.parts import Parts
 from preftune.reproduce.places import Place
@@ -135,10 +135,13 @@ def _judging(of: Parts, answers: int) -> Any:
     baseline = _answers(of, reference, each)
     few = of.data.select(range(min(TRAINED_PAIRS, len(of.data))))
 
+    budget = of.micro_batch_tokens
+    ref_logp = pair_logp(reference, few, budget) if few.kind == "pairs" else None
+
     def judge(step: int) -> dict[str, Any]:
         found = figures(_answers(of, of.policy, each), baseline)
-        if few.kind == "pairs":
-            found |= pair_figures(of.policy, reference, few, of.micro_batch_tokens)
+        if ref_logp is not None:
+            found |= pair_figures(of.policy, reference, few, budget, ref_logp=ref_logp)
         return {f"eval_{name}": figure["value"] for name, figure in _named(found).items()}
 
     return judge
