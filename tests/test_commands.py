@@ -22,6 +22,7 @@ SMALLER = {
     r"--texts 20": "--texts 0",
     r"--probe-steps 40": "--probe-steps 2",
     r"/its/new/place": "smollm2-135m",
+    r"--follow \d+": "--follow 1",
     r"--sampler vllm": "--sampler local",  # tests/vllm_server starts one
 }
 READ = {
