@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 import tables
 from preftune import loop
 from preftune import objectives as o
-from preftune.errors import GuardStop
+from preftune.errors import GuardStop, UserError
 from preftune.method import Method, resolve
 from preftune.policies.categorical import Categorical
 from preftune.problems.arms import Arms, States
@@ -224,3 +226,22 @@ def test_a_fault_in_another_process_is_not_lost() -> None:
     cell = replace(CELLS["arms dpo"], problem=_Slow(rows=8))
     with pytest.raises((RuntimeError, AttributeError, ImportError)):
         Study(None, workers=2).run([(cell, (1,))])
+
+
+@dataclass(frozen=True)
+class _Killed:
+    """What makes the system end a process."""
+
+    key: str = "killed"
+    updates: int = 1
+    chunk: int = 1
+    cost: float = 1.0
+
+    def run(self, seeds: Any) -> list[Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+def test_a_process_that_the_system_ended_is_one_message() -> None:
+    with pytest.raises(UserError, match="ended from outside, mostly for want of memory"):
+        Study(None, workers=2).run([(_Killed(), (1,))])

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from preftune import loop, spec
-from preftune.errors import GuardStop
+from preftune.errors import GuardStop, UserError
 from preftune.method import Method
 from preftune.numerics import keep_freed_memory, stream_key
 from preftune.rounds import World
@@ -294,7 +295,7 @@ class Study:
                 done += cell.updates * len(seeds)
                 tick(done, total)
             return
-        with ProcessPoolExecutor(self.workers, get_context("spawn"), one_core) as pool:
+        with pool_of(self.workers) as pool:
             try:
                 beside(pool)
                 waiting: dict[Future[list[Row]], tuple[Runnable, tuple[int, ...]]] = {
@@ -322,7 +323,24 @@ class Study:
         return curves(self.rows[cell.key], seeds)
 
 
-def one_core() -> None:
+@contextlib.contextmanager
+def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one core each.
+
+    Raises:
+        UserError: the system has ended one of them.
+    """
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _one_core) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was ended from outside, mostly for want of memory. Free some, or "
+            "give fewer --workers, and go on (reproduce: with --resume): what was done is kept."
+        ) from error
+
+
+def _one_core() -> None:
     """A process of a pool: one thread, and no life of its own after its parent's."""
     torch.set_num_threads(1)
     parent = os.getppid()

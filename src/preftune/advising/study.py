@@ -1,10 +1,8 @@
 """`preftune advise-study`: draw problems, run the candidates, and measure what advice is worth."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -182,7 +180,7 @@ def _mapped(
     if workers == 0 or not items:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), study.one_core) as pool:
+    with study.pool_of(workers) as pool:
         yield from pool.map(function, items)
 
 
