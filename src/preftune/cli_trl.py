@@ -120,7 +120,11 @@ def _mapped(entry: dict[str, Any]) -> str:
 
 
 def _brief(value: Any) -> str:
-    return f"{value['name']}, spelled out" if isinstance(value, dict) else f"{value!s:.60}"
+    if not isinstance(value, dict):
+        return f"{value!s:.60}"
+    if "name" in value:  # a row
+        return f"{value['name']}, spelled out"
+    return ", ".join(f"{k} {v}" for k, v in value.items())
 
 
 def _differs(entry: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+import yaml
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from preftune import building, cli, from_trl
@@ -148,6 +149,21 @@ def test_a_file_is_written_whole_and_trains(here, tiny_model, pairs_file, capsys
     assert back["trainer"] == "dpo" and back["lost"] == []
 
 
+def test_an_adapter_goes_there_and_back(here, capsys):
+    (here / "t.yaml").write_text(
+        "dataset_name: a/b\nbeta: 0.1\nuse_peft: true\nlora_r: 8\nreport_to: tensorboard\n"
+        "lora_target_modules: [all-linear]\nwarmup_stps: 3\n"
+    )
+    assert cli.run(["import-trl", "t.yaml", "--trainer", "dpo", "--output", "p.yaml"]) == 0
+    said = capsys.readouterr()
+    assert "rank 8" in said.err and "warmup_stps" in said.err
+    assert cli.run(["export-trl", "p.yaml"]) == 0
+    back = yaml.safe_load(capsys.readouterr().out)
+    assert (
+        back["use_peft"] and back["lora_r"] == 8 and back["lora_target_modules"] == ["all-linear"]
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "words"),
     [
@@ -204,6 +220,7 @@ NAMES = sorted({f.name for f in TABLE.fields})
     trainer=st.sampled_from(sorted(TABLE.trainers)),
     values=st.dictionaries(st.sampled_from(NAMES), ODD, min_size=1, max_size=4),
 )
+@example(trainer="rloo", values={"num_generations": {"": 1}})  # found so
 def test_odd_values_are_user_errors(trainer, values):
     try:
         from_trl.convert(TABLE, from_trl.Given(trainer=trainer, values=values))

@@ -28,6 +28,16 @@ RUN: dict[str, Any] = {
     "dtype": st.sampled_from(["float32", "bfloat16"]),
     "log_every": SMALL,
     "save_every": st.none() | SMALL,
+    "adapter": st.none()
+    | st.fixed_dictionaries(
+        {
+            "kind": st.sampled_from(["lora", "rslora", "dora"]),
+            "rank": SMALL,
+            "alpha": st.sampled_from([16.0, 32.0]),
+            "target_modules": st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "v_proj"]]),
+        }
+    ),
+    "trackers": st.none() | st.sampled_from([["tensorboard"], ["wandb", "mlflow"]]),
     "eval_fraction": st.just(0.0) | st.floats(min_value=0.01, max_value=0.5),
 }
 DRAWS: dict[str, Any] = {

@@ -152,8 +152,13 @@ def test_weights_may_be_as_old_as_the_setting_says(
     server: Server, prompts: str, tmp_path: Path
 ) -> None:
     """Versions of samples are those of the weights that drew them, and the gap tells."""
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [float(i % 2) for i in range(len(completions))]  # equal ones would move nothing
+
     out = tmp_path / "run"
-    train(settings(server.url, prompts, out, max_staleness=1, learning_rate=3e-4))
+    given = settings(server.url, prompts, out, max_staleness=1, learning_rate=3e-4, reward=None)
+    train(given, reward=reward)
     logged = rows_of(out)
     assert [m["staleness"] for m in logged] == [0, 1, 0]
     gaps = [m["sampler_gap"] for m in logged]

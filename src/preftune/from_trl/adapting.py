@@ -26,7 +26,7 @@ def adapter_there(theirs: Theirs) -> tuple[Settings, Notes]:
         "kind": kind,
         "rank": theirs.whole("lora_r", least=1),
         "alpha": theirs.number("lora_alpha", least=0),
-        "target_modules": values["lora_target_modules"] or _USUAL,
+        "target_modules": _named(values["lora_target_modules"]),
         "quantize": bits,
     }
     notes = {name: why for name, why in _NOT_TAKEN.items() if values[name]}
@@ -37,6 +37,13 @@ def adapter_there(theirs: Theirs) -> tuple[Settings, Notes]:
     if not values["lora_target_modules"]:
         notes["lora_target_modules"] = "all-linear; PEFT knows a few of each architecture"
     return {"adapter": {k: v for k, v in found.items() if v is not None}}, notes
+
+
+def _named(modules: Any) -> Any:
+    """Names of modules; one in a list is what TRL takes for the text alone (all-linear)."""
+    if isinstance(modules, list) and len(modules) == 1:
+        return modules[0]
+    return modules or _USUAL
 
 
 def adapter_back(ours: Ours) -> dict[str, Any]:

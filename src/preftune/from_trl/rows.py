@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from preftune import building, methods, spec
+from preftune import building, config, methods, spec
 from preftune.config import Config
 from preftune.errors import UserError
 from preftune.from_trl.derived import ABSENT, DERIVED, losses, weight
@@ -45,6 +45,7 @@ def there(theirs: Theirs) -> tuple[Settings, Notes]:
         notes["loss_weights"] = "1: a weight of the only loss moves nothing but the learning rate"
     values = {name: get(data, path) for name, path in template.flat.items()}
     flat = {name: value for name, value in values.items() if value is not None}
+    config.load({"method": template.method, **flat})  # a value of another kind is the user's
     base = methods.configure(methods.get(template.method), flat)
     if spec.to_data(base) == data:
         return {"method": template.method, **flat}, notes
