@@ -164,12 +164,16 @@ def test_waiting_ends_at_a_signal(here: Path, tiny_model: str, monkeypatch: Any)
         (["--max-steps", "9", "--eval-fraction", "0.1"], "give eval_data"),
         (["--max-steps", "9", "--reference-cache", "true"], "reference_cache: follow"),
         (["--max-steps", "9", "--data", "none.jsonl"], "Give a .jsonl file that is there"),
+        (["--max-steps", "9", "--data", "empty.jsonl"], "holds no row yet"),
+        (["--max-steps", "9", "--data", "bad.jsonl"], "data 'bad.jsonl': "),
     ],
 )
 def test_what_does_not_go_with_it(
     here: Path, flags: list[str], said: str, refused: Callable[..., str], tiny_model: str
 ) -> None:
     put(here / "labels.jsonl", *range(4))
+    (here / "empty.jsonl").write_text("\n")
+    (here / "bad.jsonl").write_text('{"prompt": "no answer"}\n')
     given = ["--model", tiny_model, "--follow", "9", *flags]
     if "--data" not in flags:
         given += ["--data", "labels.jsonl"]

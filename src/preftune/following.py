@@ -199,7 +199,13 @@ def begun(output: Path, config: Config) -> list[list[str]]:
         kept = [row["lines"] for row in RunFolder(output).read(TAKEN)]
         if kept:
             return kept
-    return [lines_of(Path(config.data))]
+    lines = lines_of(Path(config.data))
+    if not lines:
+        raise UserError(
+            f"follow: data '{config.data}' holds no row yet, and the first ones tell what the run "
+            "needs. Start it once there are some (`preftune label` writes them)."
+        )
+    return [lines]
 
 
 def lines_of(path: Path) -> list[str]:

@@ -75,7 +75,9 @@ def load_examples(
         except Refused as error:
             raw = row.text if isinstance(row, Malformed) else row
             rejected.append(Rejected(where=where, reason=str(error), row=raw))
-    name = str(source) if isinstance(source, (str, Path)) else "in memory"
+    name = str(getattr(source, "path", "in memory"))
+    if isinstance(source, (str, Path)):
+        name = str(source)
     if not found:
         raise NoRows(f"data '{name}': {_why_nothing(rejected, list(columns), want)}")
     counts = Counter(kind for kind, _, _ in found)
