@@ -85,6 +85,8 @@ def prepare(
     # what is free now differs from process to process
     budgets = team.gather(automatic.row_budget(config, trained.trunk))
     parts.micro_batch_tokens = min((b for b in budgets if b is not None), default=None)
+    if team.note:
+        parts.notes.append(team.note)
     if trained.autocast is not None and config.dtype == "auto":
         parts.notes.append(
             f"compute in {trained.autocast} over float32 weights: faster on this machine"

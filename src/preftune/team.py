@@ -7,7 +7,6 @@ exchanged, and every process goes on from the same state. With one process nothi
 
 import atexit
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from preftune import startup
 from preftune.errors import Elsewhere, UserError, exit_code
 from preftune.samples import Samples, join
+from preftune.strategy import launched, on_cpu
 
 T = TypeVar("T")
 PATIENCE = 20.0
@@ -49,6 +49,7 @@ class Team:
         *,
         device: torch.device | None = None,
         sharded: bool = False,
+        note: str | None = None,
     ) -> None:
         """
         Args:
@@ -56,8 +57,10 @@ class Team:
             add: the sums over all processes.
             device: this process's own.
             sharded: weights are spread over the processes, so that each pass is one of all.
+            note: what the user should know of the strategy.
         """
         self.rank, self.size, self.device, self.sharded = rank, size, device, sharded
+        self.note = note
         self._exchange, self._add = exchange, add
         self._over = False
 
@@ -243,13 +246,12 @@ def together() -> Iterator[Team]:
 
 def _join() -> Team:
     """Meet the others; waits until all are there."""
-    sharded = _is_sharded()
+    strategy = launched()
     from accelerate import PartialState
     from accelerate.utils import reduce
     from torch import distributed
 
-    on_cpu = _is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu)
+    state = PartialState(cpu=on_cpu() or not torch.cuda.is_available())
     if state.process_index:
         logging.getLogger("preftune").setLevel(logging.ERROR)  # the main process says it
     atexit.register(state.destroy_process_group)
@@ -264,25 +266,5 @@ def _join() -> Team:
     return Team(
         state.process_index, state.num_processes, exchange,
         lambda tensors: reduce(tensors, reduction="sum"),  # type: ignore[reportReturnType]
-        device=state.device, sharded=sharded,
+        device=state.device, sharded=strategy.sharded, note=strategy.note,
     )  # fmt: skip
-
-
-_OTHERS = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM"}
-
-
-def _is_sharded() -> bool:
-    """What Accelerate was told of the strategy, by its launcher's variables."""
-    for name, variable in _OTHERS.items():
-        if _is_on(variable):
-            raise UserError(f"{name} is not supported. Launch with --multi_gpu (DDP), or with "
-                            "--use_fsdp --fsdp_version 2.")  # fmt: skip
-    if not _is_on("ACCELERATE_USE_FSDP"):
-        return False
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("FSDP: version 1 is not supported. Launch with --fsdp_version 2.")
-    return True
-
-
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -20,6 +20,8 @@ from preftune.runs import RunFolder
 PATIENCE = 300
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch --use_fsdp --fsdp_version 2` sets."""
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+"""What `accelerate launch --use_deepspeed` sets."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import FSDP, launch, metrics
+from processes import DEEPSPEED, FSDP, launch, metrics
 from safetensors.torch import load_file
 
 STRATEGIES: Mapping[str, Mapping[str, str]] = {"ddp": {}, "fsdp": FSDP}
@@ -68,7 +68,10 @@ def test_two_processes_are_as_one(run: Callable[..., Path], method: str, strateg
 
 
 @pytest.mark.slow
-def test_weights_are_spread(train: Callable[..., list[str]], here: Path) -> None:
+@pytest.mark.parametrize("asked", [FSDP, DEEPSPEED], ids=["fsdp", "deepspeed"])
+def test_weights_are_spread(
+    train: Callable[..., list[str]], here: Path, asked: Mapping[str, str]
+) -> None:
     """Each process holds its part of every weight and moment: DTensors on a CPU mesh."""
 
     def before(rank: int) -> None:
@@ -92,8 +95,9 @@ def test_weights_are_spread(train: Callable[..., list[str]], here: Path) -> None
         checkpoint.save = look
 
     args = train(**{**SETTINGS, "method": "ppo"})
-    started = launch(args, here / "logs", 2, FSDP, before)
+    started = launch(args, here / "logs", 2, asked, before)
     assert started.wait() == [0, 0], started.said(0) + started.said(1)
+    assert ("ZeRO-2 is done by" in started.said(0)) is (asked is DEEPSPEED)
     (first, whole), (second, _) = (json.loads((here / f"held{r}.json").read_text()) for r in (0, 1))
     assert first + second == whole and first < 0.6 * whole
 

@@ -1,17 +1,21 @@
 """What several processes share out, and that nothing of it changes a run. Their part is played by
 threads; `test_processes` has the processes themselves."""
 
+import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import DEEPSPEED
 from threads import team_of
 
 from preftune import building
 from preftune.config import Adapter, Config
 from preftune.errors import Elsewhere, GuardStop, UserError
 from preftune.samples import Samples
+from preftune.strategy import launched
 from preftune.team import Team, working
 from tables import Table, begin, by_arm, gradient, make_world, row_of
 
@@ -188,10 +192,42 @@ def test_pieces_are_a_multiple_of_the_processes() -> None:
 
 
 @pytest.mark.parametrize(
+    "variables, file, sharded",
+    [
+        ({}, None, True),  # the launcher's own default is stage 2
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, None, False),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, None, True),
+        ({}, {"zero_optimization": {"stage": 1, "offload_param": {"device": "none"}}}, True),
+        ({}, {"zero_optimization": {"stage": 0}}, False),
+        ({}, {"bf16": {"enabled": True}}, False),
+        ({}, {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, None),
+    ],
+)
+def test_zero_is_done_by_fsdp(
+    variables: dict[str, str], file: Any, sharded: bool | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in (DEEPSPEED | variables).items():
+        monkeypatch.setenv(name, value)
+    if file is not None:
+        (tmp_path / "zero.json").write_text(json.dumps(file))
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    if sharded is None:
+        with pytest.raises(UserError, match="optimizer is not offloaded to 'cpu'"):
+            launched()
+        return
+    found = launched()
+    assert found.sharded is sharded and found.note and "DeepSpeed" in found.note
+    assert not launched().note, "Accelerate does not look for its package"
+
+
+@pytest.mark.parametrize(
     "variables, what",
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "--fsdp_version 2"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "4"}, "stage is '4'"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "param is not offload"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}, "cannot be read"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
     ],
 )

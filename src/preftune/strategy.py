@@ -1,0 +1,107 @@
+"""What `accelerate launch` was told of the weights: whole in every process, or spread over them.
+
+It tells its processes by environment variables. DeepSpeed's ZeRO is done by FSDP2: its engine would
+own the backward pass and the step, and with them the loss's one normaliser over all processes, and
+checkpoints that any number of processes can go on from.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preftune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the weights lie on the processes."""
+
+    sharded: bool = False
+    """Spread over them (FSDP2); else each has all (DDP)."""
+    note: str | None = None
+    """What the user should know of it."""
+
+
+def launched() -> Strategy:
+    """What the launcher's variables ask for.
+
+    Raises:
+        UserError: a strategy that is not supported.
+    """
+    if _is_on("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError(
+            "Megatron-LM is not supported. Launch with --multi_gpu (DDP), or with "
+            "--use_fsdp --fsdp_version 2."
+        )
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        return _of_deepspeed()
+    if not _is_on("ACCELERATE_USE_FSDP"):
+        return Strategy()
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP: version 1 is not supported. Launch with --fsdp_version 2.")
+    return Strategy(sharded=True)
+
+
+def on_cpu() -> bool:
+    """Whether processors were asked for."""
+    return _is_on("ACCELERATE_USE_CPU")
+
+
+def _of_deepspeed() -> Strategy:
+    stage, offloaded = _zero()
+    if offloaded:
+        raise UserError(
+            f"DeepSpeed: {offloaded} is not offloaded to '{_device(offloaded)}'. Leave offloading "
+            "out; an adapter (adapter: lora) needs less memory than it saves."
+        )
+    # Accelerate would start DeepSpeed's own communication, and need its package
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    if stage == 0:
+        return Strategy(note="DeepSpeed without ZeRO: run as DDP")
+    return Strategy(
+        sharded=True,
+        note=f"DeepSpeed's ZeRO-{stage} is done by torch's FSDP2: weights, gradients and moments "
+        "are spread over the processes; of DeepSpeed's settings the stage alone counts",
+    )
+
+
+_DEVICES = {"optimizer": "OFFLOAD_OPTIMIZER_DEVICE", "param": "OFFLOAD_PARAM_DEVICE"}
+
+
+def _zero() -> tuple[int, str | None]:
+    """The stage, and the first of what is to be offloaded."""
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or _file().get("stage", 2)
+    try:
+        number = int(stage)
+    except (TypeError, ValueError):
+        number = -1
+    if number not in range(4):
+        raise UserError(f"DeepSpeed: ZeRO's stage is {stage!r}. Give --zero_stage 0, 1, 2 or 3.")
+    return number, next((what for what in _DEVICES if _device(what) != "none"), None)
+
+
+def _device(what: str) -> str:
+    """Where something is offloaded to."""
+    given = os.environ.get(f"ACCELERATE_DEEPSPEED_{_DEVICES[what]}")
+    found = _file().get(f"offload_{what}")
+    return str(given or (found.get("device") if isinstance(found, dict) else None) or "none")
+
+
+def _file() -> dict[str, Any]:
+    """ZeRO's settings in DeepSpeed's own file, where one is given."""
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if name == "none":
+        return {}
+    try:
+        found = json.loads(Path(name).read_text(encoding="utf-8"))["zero_optimization"]
+    except KeyError:
+        return {"stage": 0}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"DeepSpeed: '{name}' cannot be read: {error}.") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
