@@ -10,7 +10,9 @@ import torch
 
 from preftune import cli
 from preftune.collecting import Context, Cursor
+from preftune.config import load
 from preftune.data import Rows
+from preftune.errors import UserError
 from preftune.events import Event
 from preftune.following import TAKEN, Followed
 from preftune.training import Run, train
@@ -108,6 +110,20 @@ def test_going_on_takes_the_same_waves_and_then_what_is_new(
     put(labels, *range(18, 22))  # after it had ended
     more = go(resume=True, max_steps=20)
     assert losses(more)[:5] == losses(again) and len(losses(more)) == 6
+
+
+def test_a_run_does_not_change_its_kind(here: Path, go: Callable[..., Run]) -> None:
+    put(here / "labels.jsonl", *range(8))
+    go(max_steps=1, save_every=1)
+    with pytest.raises(UserError, match="follow"):
+        train(_of(here) | {"output": "out", "resume": True, "max_steps": 3})
+    assert go(resume=True, follow=0.1).metrics[-1]["ended"] == "data"
+
+
+def _of(here: Path) -> dict[str, Any]:
+    """The run's own settings but for `follow`."""
+    found = load(here / "out" / "config.yaml").model_dump(exclude_none=True)
+    return {k: v for k, v in found.items() if k not in ("follow", "resume", "max_steps")}
 
 
 def test_a_wave_is_gone_through_as_often_as_epochs_say(here: Path, go: Callable[..., Run]) -> None:

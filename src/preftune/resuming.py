@@ -51,7 +51,9 @@ def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
     folder = RunFolder(parts.output)
     before = folder.read_config()
     free = {"max_steps", "epochs", "log_every", "eval_every", "save_every", "threads", "device"}
-    free |= {"max_skipped", "trackers", "follow"}
+    free |= {"max_skipped", "trackers"}
+    if ("follow" in before) == ("follow" in resolved):  # else an epoch is something else
+        free |= {"follow"}
     free |= {"reference_cache"}  # the same values, up to rounding
     free |= {"sampler"}  # another server, which has the same weights
     old, new = _flat(before), _flat(resolved)
