@@ -96,7 +96,7 @@ def judged_world(
 
 def evaluator(
     world: World, judges: Mapping[str, Callable[[Samples], Tensor]]
-) -> Callable[[int], dict[str, Any]]:
+) -> Callable[[int, bool], dict[str, Any]]:
     """Held-out evaluation of the policy as it is, by the library's own figures."""
 
     def answers(policy: Categorical) -> Answers:
@@ -104,7 +104,7 @@ def evaluator(
 
     other = answers(world.reference)  # which stays as it is
 
-    def evaluate(step: int) -> dict[str, Any]:
+    def evaluate(step: int, last: bool) -> dict[str, Any]:
         return eval_metrics(figures(answers(world.policy), other))
 
     return evaluate

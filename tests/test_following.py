@@ -1,6 +1,8 @@
 """Training on a file while rows are appended to it."""
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,52 @@ def test_going_on_takes_the_same_waves_and_then_what_is_new(
     assert losses(more)[:5] == losses(again) and len(losses(more)) == 6
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])  # kto reads the row after each, too
+def test_a_wave_that_was_copied_and_not_trained_on_comes_again(
+    here: Path, go: Callable[..., Run], method: str
+) -> None:
+    labels = here / "labels.jsonl"
+    put(labels, *range(8))
+    whole = go(Person(lambda: put(labels, *range(8, 13))), method=method, save_every=1)
+    kept = sorted((here / "out" / "checkpoints").iterdir())
+    assert len(_lines(here)) == 2 and len(kept) == 2
+    for path in kept:  # killed in the first wave, before any of the second was trained on
+        shutil.rmtree(path)
+    labels.write_text("")  # the run has its own copy
+    put(labels, 20)
+    again = go(Person(), method=method, resume=True, save_every=1)
+    assert losses(again)[: len(losses(whole))] == losses(whole)
+    assert taken(here / "out")[2] == ["20"] and again.metrics[-1]["ended"] == "data"
+    assert sum("ended" in r for r in again.metrics) == 1
+
+
+def test_what_does_not_go_with_the_first_rows_is_kept_apart(
+    here: Path, go: Callable[..., Run]
+) -> None:
+    labels = here / "labels.jsonl"
+    put(labels, *range(4))
+    other = json.dumps({"prompt": "a", "completion": "b\u2028c", "label": True}) + "\n"
+    go(Person(lambda: put(labels, more=other * 4)), method="pref_ft")
+    refused = (here / "out.rejected.jsonl").read_text()
+    assert refused.count("completions, where the file began with pairs") == 4
+    put(labels, *range(4, 8))
+    run = go(method="pref_ft", resume=True)
+    assert len(_lines(here)) == 2 and len(losses(run)) == 2
+
+
+def test_its_end_is_evaluated_in_full(here: Path, go: Callable[..., Run]) -> None:
+    put(here / "labels.jsonl", *range(8))
+    with (here / "held.jsonl").open("w") as out:
+        out.writelines(json.dumps(row(n)) + "\n" for n in range(40, 44))
+    run = go(eval_data="held.jsonl", eval_every=2, max_new_tokens=4)
+    assert run.metrics[-1]["ended"] == "data" and "eval_forward_kl" in run.metrics[-1]
+    shown = [json.loads(x) for x in (here / "out" / "samples.jsonl").read_text().splitlines()]
+    counts = Counter(r["step"] for r in shown)
+    assert counts[0] == counts[2], "the fuller evaluation stands for the other"
+    again = go(eval_data="held.jsonl", eval_every=2, max_new_tokens=4, resume=True)
+    assert again.metrics == run.metrics
+
+
 def test_a_run_does_not_change_its_kind(here: Path, go: Callable[..., Run]) -> None:
     put(here / "labels.jsonl", *range(8))
     go(max_steps=1, save_every=1)
@@ -202,8 +250,8 @@ def test_an_epoch_is_a_wave_in_an_order_by_chance() -> None:
         finished=[(True, True)] * 30, columns={}, texts=[""] * 30, where=[""] * 30, kind="pairs",
     )  # fmt: skip
     data = Followed(
-        path=Path("x"), times=2, load=lambda wave: (rows, []), refuse=lambda more: None, waves=[],
-        rows=rows, ends=[20, 30],
+        path=Path("x"), times=2, load=lambda wave: (rows, []), refuse=lambda more: None,
+        scored=False, waves=[], rows=rows, ends=[20, 30],
     )  # fmt: skip
     ctx: Any = Context(
         data=data, policy=None, reference=None, version=0, seed=0, cursor=Cursor(), kept={},

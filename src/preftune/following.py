@@ -3,7 +3,7 @@
 The rows are taken in *waves*, each of them gone through `epochs` times: the first is what stands in
 the file, every later one what has come since, an update's worth at least. A copy of each wave goes
 into the run folder before it is trained on, so a resumed run takes the same rows in the same order,
-whatever became of the file; a row that was taken back there (`u` on the page of `preftune label`)
+however the file was changed; a row that was taken back there (`u` on the page of `preftune label`)
 stays in the waves that had it.
 """
 
@@ -11,12 +11,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from preftune import durable
 from preftune.config import Config
 from preftune.data import Rejected, Rows, parse
 from preftune.data.files import ending
@@ -35,14 +36,11 @@ LOOK = 1.0
 
 
 class Wave(list[Any]):
-    """Rows of a wave; as a text, the file that they are of."""
+    """Rows of a wave, and the file that they are of."""
 
     def __init__(self, path: Path, lines: Sequence[str]) -> None:
         super().__init__(map(parse, lines))
         self.path = path
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 Load = Callable[[Wave], tuple[Rows, list[Rejected]]]
@@ -52,33 +50,33 @@ It raises a UserError where none is left.
 """
 
 
-def check(config: Config, method: Method) -> None:
+def check(config: Config, method: Method, given: bool) -> None:
     """Refuse what does not go with `follow`, before anything is loaded.
+
+    Args:
+        given: the data are an object, not the file.
 
     Raises:
         UserError: which setting, and what to do.
     """
     if config.follow is None:
         return
-    if not any(term.source.reads for term in method.terms):
+    if not any(term.source.reads and not term.source.draws for term in method.terms):
         raise UserError(f"follow: the method '{method.name}' reads no data. Leave it out.")
     path = Path(config.data or "")
-    if not path.is_file() or ending(path) != ".jsonl" or path.suffix in (".gz", ".xz"):
+    if given or not path.is_file() or ending(path) != ".jsonl" or path.suffix in (".gz", ".xz"):
         raise UserError(
-            f"follow: data is '{config.data}'. Give a .jsonl file that is there, as "
-            "`preftune label` writes it."
+            f"follow: data is '{'an object' if given else config.data}'. Give a .jsonl file that "
+            "is there, as `preftune label` writes it."
         )
     wrong = {
-        "max_steps": "needs it, for nobody knows how many rows will come"
-        if config.max_steps is None
-        else None,
-        "eval_fraction": "cannot set rows aside that are not there yet; give eval_data"
-        if config.eval_fraction
-        else None,
-        "max_rows": "takes the rows as they come; leave it out" if config.max_rows else None,
-        "reference_cache": "has rows that it cannot hold yet; leave it out"
-        if config.reference_cache
-        else None,
+        "max_steps": config.max_steps is None
+        and "needs it, for nobody knows how many rows will come",
+        "eval_fraction": config.eval_fraction
+        and "cannot set rows aside that are not there yet; give eval_data",
+        "max_rows": config.max_rows and "takes the rows as they come; leave it out",
+        "reference_cache": config.reference_cache
+        and "has rows that it cannot hold yet; leave it out",
     }
     for name, reason in wrong.items():
         if reason:
@@ -95,15 +93,20 @@ class Followed:
     times: int
     """That each wave is gone through."""
     load: Load
-    waves: list[list[str]]
-    """Lines of the file, by wave."""
-    rows: Rows
-    """Of all waves so far; it grows."""
-    ends: list[int]
-    """Rows up to the end of each wave."""
     refuse: Callable[[list[Rejected]], None]
     """Keeps refused rows of the waves after the first."""
+    scored: bool
+    """The rows' own scores are the rewards."""
+    waves: list[list[str]]
+    """Lines of the file, by wave; the first `len(ends)` of them are loaded, as a run that was not
+    interrupted had no others."""
+    rows: Rows
+    """Of the loaded waves; it grows."""
+    ends: list[int]
+    """Rows up to the end of each loaded wave."""
     folder: RunFolder | None = None
+    passed_over: list[str] = field(default_factory=list)
+    """Lines of waves that were refused as a whole."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,77 +131,79 @@ class Followed:
 
     def keep_in(self, folder: RunFolder) -> None:
         """Keep the waves in the run's folder, these and those to come."""
-        if not (folder.path / TAKEN).exists():
-            folder.append(TAKEN, [{"lines": lines} for lines in self.waves])
         self.folder = folder
+        durable.write_rows(folder.path / TAKEN, ({"lines": lines} for lines in self.waves))
 
     def take(self, least: int) -> int:
-        """Take what is new in the file as a wave, if that is `least` usable rows or more.
+        """Take the next wave: one that was taken before this process, or what is new in the file,
+        if that is `least` usable rows or more.
 
         Returns:
             Usable rows that are new, taken or not.
         """
-        known = Counter(line for wave in self.waves for line in wave)
-        lines = [x for x in lines_of(self.path) if not _counted(known, x)]
+        if len(self.ends) < len(self.waves):
+            rows, refused = self.load(Wave(self.path, self.waves[len(self.ends)]))
+            self._add(rows, refused)
+            return len(rows)
+        lines = self._new()
         if not lines:
             return 0
         try:
             rows, refused = self.load(Wave(self.path, lines))
         except NoRows:  # others may come
             return 0
+        odd = self._odd(rows)
+        if odd:
+            self.passed_over += lines
+            self.refuse([Rejected(where=str(self.path), reason=odd, row=x) for x in lines])
+            return 0
         if len(rows) >= least:
-            self._add(rows, refused)
-            self.waves.append(lines)
             assert self.folder is not None, "a wave is kept before it is trained on"
-            self.folder.append(TAKEN, [{"lines": lines}])
+            self.waves.append(lines)
+            self.keep_in(self.folder)
+            self._add(rows, refused)
         return len(rows)
 
-    def again(self, lines: list[str]) -> None:
-        """Take a wave that an earlier process of this run took."""
-        self._add(*self.load(Wave(self.path, lines)))
-        self.waves.append(lines)
+    def reach(self, groups: Sequence[Group]) -> None:
+        """Load the waves that these have begun or gone through: those of a run that goes on."""
+        for group in groups:
+            cursor = group.cursor
+            last = cursor.epoch if cursor.position else cursor.epoch - 1
+            while not group.source.draws and not self.has(last):
+                assert len(self.ends) < len(self.waves), f"{TAKEN} lacks wave {last // self.times}"
+                self.take(1)
+
+    def _new(self) -> list[str]:
+        """Lines that were not taken."""
+        known = Counter(x for wave in (*self.waves, self.passed_over) for x in wave)
+        return [x for x in lines_of(self.path) if not _counted(known, x)]
+
+    def _odd(self, rows: Rows) -> str | None:
+        """Why these rows do not go with the first ones."""
+        if rows.kind != self.rows.kind:
+            return f"{rows.kind}, where the file began with {self.rows.kind}"
+        if self.scored and not has_scores(rows):
+            return "rows without scores, where the file began with scores"
+        return None
 
     def _add(self, rows: Rows, refused: list[Rejected]) -> None:
-        if _kind(rows) != _kind(self.rows):
-            raise UserError(
-                f"data '{self.path}': began with {_kind(self.rows)}, and now holds {_kind(rows)}. "
-                "Give a file of one kind."
-            )
         self.rows.extend(rows)
         self.ends.append(len(self.rows))
         if refused:
             self.refuse(refused)
 
 
-def _kind(rows: Rows) -> str:
-    return rows.kind + (" with scores" if has_scores(rows) else "")
-
-
-def followed(
-    path: Path, config: Config, waves: list[list[str]], first: Rows, load: Load,
-    refuse: Callable[[list[Rejected]], None],
-) -> Followed:  # fmt: skip
-    """The data of a run that has taken these waves.
-
-    Args:
-        first: the rows of the first wave.
-    """
-    data = Followed(
-        path=path, times=max(1, math.ceil(config.epochs)), load=load, refuse=refuse,
-        waves=waves[:1], rows=first, ends=[len(first)],
-    )  # fmt: skip
-    for lines in waves[1:]:
-        data.again(lines)
-    return data
-
-
 def begun(output: Path, config: Config) -> list[list[str]]:
-    """The waves that a run begins with: those of its folder on resume, else the file as it is."""
+    """The waves that a run begins with: those of its folder on resume, else the file as it is.
+
+    Raises:
+        UserError: the file has no row yet, or the folder lacks its copy.
+    """
     assert config.data is not None, "see `check`"
-    if config.resume:
-        kept = [row["lines"] for row in RunFolder(output).read(TAKEN)]
-        if kept:
-            return kept
+    if config.resume and (output / TAKEN).is_file():
+        return [row["lines"] for row in RunFolder(output).read(TAKEN)]
+    if config.resume and (output / "checkpoints").is_dir():
+        raise UserError(f"resume '{output}': {TAKEN} is missing. Restore it, or start a new run.")
     lines = lines_of(Path(config.data))
     if not lines:
         raise UserError(
@@ -206,6 +211,11 @@ def begun(output: Path, config: Config) -> list[list[str]]:
             "needs. Start it once there are some (`preftune label` writes them)."
         )
     return [lines]
+
+
+def times_of(config: Config) -> int:
+    """How often each wave is gone through."""
+    return max(1, math.ceil(config.epochs))
 
 
 def lines_of(path: Path) -> list[str]:
@@ -245,14 +255,11 @@ def wait(
     Returns:
         False where there is none, or somebody wants it to end.
     """
+    data.reach(groups)
     short = [g for g in groups if _wants(g, data)]
     if not short:
         return True
-    of_one = (
-        g.prompts_per_update(batch_size, g.source.num_responses) // g.source.prompts_per_row
-        for g in short
-    )
-    least, count, since = max(1, *of_one), -1, time.monotonic()
+    least, count, since = max(_rows_of_update(g, batch_size) for g in short), -1, time.monotonic()
     while not asked():
         late = time.monotonic() - since > seconds
         found = data.take(1 if late else least)
@@ -268,6 +275,13 @@ def wait(
         count = found
         time.sleep(min(LOOK, seconds))
     return False
+
+
+def _rows_of_update(group: Group, batch_size: int) -> int:
+    """Rows of the data that its next round takes."""
+    source = group.source
+    prompts = source.prompts_per_round or group.prompts_per_update(batch_size, source.num_responses)
+    return max(1, prompts // source.prompts_per_row)
 
 
 def _wants(group: Group, data: Followed) -> bool:

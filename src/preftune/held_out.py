@@ -12,7 +12,7 @@ from preftune.data import Renderer, Rows
 from preftune.evaluate import Answers, answer, best_of_n, figures, forward_kl, win_figures
 from preftune.figures import Figures, displacement, interval
 from preftune.likelihoods import pair_figures, plain_text, retention, windows
-from preftune.parts import Parts, make_settings
+from preftune.parts import Parts
 from preftune.policies.transformer import Transformer
 from preftune.runs import JUDGED, RunFolder
 from preftune.team import current
@@ -120,7 +120,7 @@ def spread_figures(
 
 def evaluator(
     parts: Parts, folder: RunFolder, *, with_best_of_n: bool = True
-) -> Callable[[int], dict[str, Any]]:
+) -> Callable[[int, bool], dict[str, Any]]:
     """Evaluation as the loop calls it; the reference answers once.
 
     The last step's is the full one: forward KL, pairs, retention, a judge, best-of-n.
@@ -139,12 +139,12 @@ def evaluator(
     baseline = held_out_answers(replace(parts, reference=None), parts.reference)
     if not baseline.own:
         log.warning("no KL and no entropy on held-out prompts: decoding is not temperature 1 alone")
-    last = make_settings(parts).max_steps
 
-    def evaluate(step: int) -> dict[str, Any]:
-        answers = held_out_answers(parts, parts.policy, log_ratio=step == last)
+    def evaluate(step: int, last: bool) -> dict[str, Any]:
+        answers = held_out_answers(parts, parts.policy, log_ratio=last)
         found = figures(answers, baseline)
-        if step == last:
+        if last:
+            folder.drop("samples.jsonl", step)  # of one that was not full
             found |= _in_full(parts, answers, baseline, server, pieces)
             if with_best_of_n:
                 found |= _best_of_n(parts, answers)

@@ -87,7 +87,7 @@ def describe(rows: Rows, report: Report, refused: int) -> str:
 
 
 def _named(source: Any) -> str:
-    return str(source) if isinstance(source, str) else "in memory"
+    return source if isinstance(source, str) else str(getattr(source, "path", "in memory"))
 
 
 def want_of(method: Method) -> str:

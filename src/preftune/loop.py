@@ -54,7 +54,8 @@ class Hooks:
     """What happens outside the loop. Each may be left out."""
 
     log: Callable[[int, Metrics], None] = lambda step, metrics: None
-    evaluate: Callable[[int], Metrics] | None = None
+    evaluate: Callable[[int, bool], Metrics] | None = None
+    """At a step; True: the run's last, where an evaluation is a full one."""
     save: Callable[["State"], None] | None = None
     alarm: Callable[[alarms.Fired], None] = lambda fired: None
     after: Callable[["State"], None] = lambda state: None
@@ -276,7 +277,7 @@ def _follow(run: State) -> None:
 def advance(run: State, settings: Settings, hooks: Hooks) -> None:
     """Update until `max_steps` or until `hooks.stop`, calling the hooks."""
     if run.step == 0 and hooks.evaluate and settings.eval_every:
-        found = hooks.evaluate(0)
+        found = hooks.evaluate(0, False)
         _judged_by(settings, found)
         hooks.log(0, found)
         _sound_alarms(run, hooks, alarms.after_evaluation(run.watch, 0, found))
@@ -300,8 +301,8 @@ def _out_of_data(run: State, settings: Settings, hooks: Hooks) -> None:
     """The end of a run whose data did not go on: what it is worth, and all that is needed to go on
     when there are more."""
     found: Metrics = {}
-    if hooks.evaluate and settings.eval_every and run.step % settings.eval_every:
-        found = hooks.evaluate(run.step)
+    if hooks.evaluate and settings.eval_every:
+        found = hooks.evaluate(run.step, True)
         _is_best(run, settings, found)
     hooks.log(run.step, found | {"ended": "data"})
     if found:
@@ -334,7 +335,7 @@ def _after(run: State, settings: Settings, hooks: Hooks, metrics: Metrics) -> No
     step, last = run.step, at_end(run, settings)
     better, found = False, {}
     if hooks.evaluate and settings.eval_every and (step % settings.eval_every == 0 or last):
-        found = hooks.evaluate(step)
+        found = hooks.evaluate(step, last)
         better = _is_best(run, settings, found)
         metrics = metrics | found
     if step < settings.max_steps and last:

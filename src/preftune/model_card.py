@@ -26,11 +26,13 @@ def text(parts: Parts, folder: RunFolder) -> str:
     import yaml
 
     settings = {name: _public(value) for name, value in folder.read_config().items()}
+    logged = folder.read("metrics.jsonl")  # a run may have ended before its last step
+    steps = int(logged[-1]["step"] if logged else settings["max_steps"])
     front = yaml.safe_dump(_front(parts, settings), sort_keys=False, allow_unicode=True)
     chapters = (
         f"---\n{front}---\n",
         f"# {_title(parts, settings)}\n",
-        *_method(parts, settings),
+        *_method(parts, settings, steps),
         "## Data\n",
         *_data(parts),
         *_results(folder.read_json("evaluation.json") or {}),
@@ -83,7 +85,7 @@ def _title(parts: Parts, settings: Mapping[str, Any]) -> str:
     return f"{kind} on {settings['model']}"
 
 
-def _method(parts: Parts, settings: Mapping[str, Any]) -> Iterator[str]:
+def _method(parts: Parts, settings: Mapping[str, Any], steps: int) -> Iterator[str]:
     row = parts.method
     if row.summary:
         yield f"{row.summary}\n"
@@ -93,7 +95,7 @@ def _method(parts: Parts, settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"Source: {row.paper}\n"
     if settings.get("label_source"):
         yield f"Who labelled: `{settings['label_source']}`\n"
-    yield f"{settings['max_steps']} updates of {settings['batch_size']}, seed {settings['seed']}.\n"
+    yield f"{steps} updates of {settings['batch_size']}, seed {settings['seed']}.\n"
 
 
 def _data(parts: Parts) -> Iterator[str]:

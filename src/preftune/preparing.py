@@ -52,12 +52,12 @@ def prepare(
         torch.set_num_threads(config.threads)
     made_reward = judges.make_reward(reward or config.reward, config.reward_weights)
     gold = judges.make_reward(config.gold, None)
-    data = config.data if data is None else data
+    given, data = data is not None, config.data if data is None else data
     if trains:
         _check_needs(config, method, made_reward, data)
         _check_measures(config)
         engines.check(config, method)
-        following.check(config, method)
+        following.check(config, method, given)
     team = current()
     output = team.agreed(Path(config.output) if config.output else unnamed(method.name))
     if tokenizer is None and (data is not None or config.prompts or model is None):

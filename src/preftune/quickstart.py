@@ -144,10 +144,10 @@ def _method(
     start = held_out.eval_metrics({**figures(few, few), "kl": reference["kl"]})
     result: dict[str, Any] = {}
 
-    def evaluate(step: int) -> dict[str, Any]:
+    def evaluate(step: int, last: bool) -> dict[str, Any]:
         if step == 0:
             return start  # the policy is still the reference
-        if step < settings.max_steps:
+        if not last:
             answers = held_out.held_out_answers(parts, parts.policy, CURVE_PROMPTS)
             return held_out.eval_metrics(figures(answers, few))
         answers = _answers(parts, bar, parts.method.name)

@@ -56,6 +56,8 @@ def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
         free |= {"follow"}
     free |= {"reference_cache"}  # the same values, up to rounding
     free |= {"sampler"}  # another server, which has the same weights
+    if "follow" in resolved:  # how often each wave is gone through
+        free -= {"epochs"}
     old, new = _flat(before), _flat(resolved)
     differs = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
     if differs:

@@ -136,7 +136,7 @@ def win_rates(rows: Rows) -> dict[Any, float]:
     return {writer: sum(x) / len(x) for writer, x in wins.items()}
 
 
-def evaluator(parts: Parts, folder: RunFolder) -> Callable[[int], dict[str, Any]]:
+def evaluator(parts: Parts, folder: RunFolder) -> Callable[[int, bool], dict[str, Any]]:
     """Evaluation on the held-out pairs, as the loop calls it."""
     rows = parts.held_out
     assert rows is not None, "there are held-out pairs"
@@ -145,7 +145,7 @@ def evaluator(parts: Parts, folder: RunFolder) -> Callable[[int], dict[str, Any]
     clusters: dict[tuple[int, ...], int] = {}
     cluster = [clusters.setdefault(tuple(p), len(clusters)) for p in rows.prompts]
 
-    def evaluate(step: int) -> dict[str, Any]:
+    def evaluate(step: int, last: bool) -> dict[str, Any]:
         scores = scores_of(parts.model, rows, parts.micro_batch_tokens)
         found = figures(scores, rules, lengths, cluster)
         folder.write_json("evaluation.json", found)

@@ -77,7 +77,10 @@ def _load_training(
             rejected.extend(more)
             _keep_rejected(parts, rejected)
 
-        parts.followed = following.followed(path, parts.config, waves, parts.data, load, refuse)
+        parts.followed = following.Followed(
+            path=path, times=following.times_of(parts.config), load=load, refuse=refuse,
+            scored=scored, waves=waves, rows=parts.data, ends=[len(parts.data)],
+        )  # fmt: skip
 
 
 def _load_rows(

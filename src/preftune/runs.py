@@ -95,6 +95,21 @@ class RunFolder:
             lock.release()
 
     @staticmethod
+    def is_busy(path: Path) -> bool:
+        """Whether a run, here or in another process, is writing there."""
+        from filelock import FileLock, Timeout
+
+        if not (path / LOCK).exists():
+            return False
+        lock = FileLock(path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    @staticmethod
     def is_held(path: Path) -> bool:
         """Whether this process is the one."""
         return str(path.resolve()) in _held
@@ -146,7 +161,10 @@ class RunFolder:
         if not path.exists():
             return []
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # not splitlines, which also cuts at ends of lines that a text may hold (U+2028)
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if not line:
+                continue
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -159,8 +177,17 @@ class RunFolder:
             return
         for name in ("metrics.jsonl", "times.jsonl", "samples.jsonl", "alarms.jsonl"):
             rows = [r for r in self.read(name) if r.get("step", 0) <= step]
-            if (self.path / name).exists():
-                write_text(self.path / name, "".join(dumps(r) + "\n" for r in rows))
+            # where the data ended it, they have gone on
+            self._write(name, [r for r in rows if r.get("ended") != "data"])
+
+    def drop(self, name: str, step: int) -> None:
+        """Drop what a JSONL file has of a step."""
+        if current().main:
+            self._write(name, [r for r in self.read(name) if r.get("step") != step])
+
+    def _write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        if (self.path / name).exists():
+            write_text(self.path / name, "".join(dumps(r) + "\n" for r in rows))
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file of the folder."""

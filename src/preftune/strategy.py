@@ -7,6 +7,8 @@ checkpoints that any number of processes can go on from.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,6 @@ def _of_deepspeed() -> Strategy:
             f"DeepSpeed: {offloaded} is not offloaded to '{_device(offloaded)}'. Leave offloading "
             "out; an adapter (adapter: lora) needs less memory than it saves."
         )
-    # Accelerate would start DeepSpeed's own communication, and need its package
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     if stage == 0:
         return Strategy(note="DeepSpeed without ZeRO: run as DDP")
     return Strategy(
@@ -67,12 +67,25 @@ def _of_deepspeed() -> Strategy:
     )
 
 
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """Accelerate would start DeepSpeed's own communication, and need its package."""
+    before = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = before
+
+
 _DEVICES = {"optimizer": "OFFLOAD_OPTIMIZER_DEVICE", "param": "OFFLOAD_PARAM_DEVICE"}
 
 
 def _zero() -> tuple[int, str | None]:
     """The stage, and the first of what is to be offloaded."""
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or _file().get("stage", 2)
+    stage = _file().get("stage")
+    if stage is None:
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
     try:
         number = int(stage)
     except (TypeError, ValueError):
@@ -86,7 +99,7 @@ def _device(what: str) -> str:
     """Where something is offloaded to."""
     given = os.environ.get(f"ACCELERATE_DEEPSPEED_{_DEVICES[what]}")
     found = _file().get(f"offload_{what}")
-    return str(given or (found.get("device") if isinstance(found, dict) else None) or "none")
+    return str((found.get("device") if isinstance(found, dict) else None) or given or "none")
 
 
 def _file() -> dict[str, Any]:

@@ -205,7 +205,7 @@ def _advance(
             own = {k: v[i] for k, v in kept.items() if not math.isnan(v[i])}
             rows.append({"seed": seed, "step": step, **own})
 
-    def evaluate(step: int) -> loop.Metrics:
+    def evaluate(step: int, last: bool) -> loop.Metrics:
         return {k: v.double().tolist() for k, v in cell.problem.evaluate(run).items()}
 
     def after_update() -> bool:
@@ -219,7 +219,7 @@ def _advance(
         log=lambda step, m: log(step, {k: v for k, v in m.items() if k in LOGGED or k in names}),
         evaluate=evaluate, stop=after_update,
     )  # fmt: skip
-    names = set(evaluate(0))
+    names = set(evaluate(0, False))
     with contextlib.suppress(GuardStop):  # every run has stopped: what was logged stands
         loop.advance(run, cell.settings, hooks)
     return rows, drawn

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from preftune import startup
 from preftune.errors import Elsewhere, UserError, exit_code
 from preftune.samples import Samples, join
-from preftune.strategy import launched, on_cpu
+from preftune.strategy import launched, on_cpu, without_deepspeed
 
 T = TypeVar("T")
 PATIENCE = 20.0
@@ -251,7 +251,8 @@ def _join() -> Team:
     from accelerate.utils import reduce
     from torch import distributed
 
-    state = PartialState(cpu=on_cpu() or not torch.cuda.is_available())
+    with without_deepspeed():
+        state = PartialState(cpu=on_cpu() or not torch.cuda.is_available())
     if state.process_index:
         logging.getLogger("preftune").setLevel(logging.ERROR)  # the main process says it
     atexit.register(state.destroy_process_group)

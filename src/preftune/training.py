@@ -139,7 +139,7 @@ def execute(
     settings: loop.Settings,
     folder: RunFolder,
     *,
-    evaluate: Callable[[int], dict[str, Any]] | None,
+    evaluate: Callable[[int, bool], dict[str, Any]] | None,
     tell: Tell,
     watch: Callable[[loop.State], None] = lambda state: None,
     keep_model: bool = True,
@@ -170,7 +170,7 @@ def execute(
         state.world = replace(state.world, engine=engine)
         hooks = loop.Hooks(
             log=lambda step, metrics: _log(folder, tell, settings.max_steps, step, metrics),
-            evaluate=evaluate and (lambda step: _evaluate(evaluate, step, parts)),
+            evaluate=evaluate and (lambda step, last: _evaluate(evaluate, step, last, parts)),
             save=lambda s: _save(s, folder, tell),
             alarm=lambda fired: _alarm(fired, folder, tell),
             after=watch,
@@ -230,10 +230,12 @@ def _ready(state: loop.State, parts: Parts, signals: Signals, tell: Tell) -> boo
     return there
 
 
-def _evaluate(evaluate: Callable[[int], dict[str, Any]], step: int, parts: Parts) -> dict[str, Any]:
+def _evaluate(
+    evaluate: Callable[[int, bool], dict[str, Any]], step: int, last: bool, parts: Parts
+) -> dict[str, Any]:
     """An evaluation, in which no weights are spread over the processes."""
     with gathered(parts.model):
-        return evaluate(step)
+        return evaluate(step, last)
 
 
 def _engine(parts: Parts, folder: RunFolder, tell: Tell) -> AbstractContextManager[Sampler | None]:

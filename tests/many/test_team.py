@@ -15,7 +15,7 @@ from preftune import building
 from preftune.config import Adapter, Config
 from preftune.errors import Elsewhere, GuardStop, UserError
 from preftune.samples import Samples
-from preftune.strategy import launched
+from preftune.strategy import launched, without_deepspeed
 from preftune.team import Team, working
 from tables import Table, begin, by_arm, gradient, make_world, row_of
 
@@ -218,7 +218,9 @@ def test_zero_is_done_by_fsdp(
         return
     found = launched()
     assert found.sharded is sharded and found.note and "DeepSpeed" in found.note
-    assert not launched().note, "Accelerate does not look for its package"
+    with without_deepspeed():
+        assert not launched().note, "Accelerate does not look for its package"
+    assert launched() == found
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ class _Watch:
         if kind in ("start", "step"):
             self.tell(int(details["step"]), self.total)
 
-    def evaluate(self, step: int) -> dict[str, Any]:
+    def evaluate(self, step: int, last: bool) -> dict[str, Any]:
         """Figures on the way; those of the end are measured apart, on all prompts."""
         if not self.job.curve or step in (0, self.total):
             return {}

@@ -245,10 +245,10 @@ def _evaluation(of: Rehearsal, folder: RunFolder) -> tuple[Log, Log, Log, float]
     evaluate = held_out.evaluator(parts, folder)
     baseline = log.taken()
     began = time.perf_counter()
-    evaluate(0)
+    evaluate(0, False)
     first, seconds = log.taken(), time.perf_counter() - began
     if of.settings.max_steps:
-        evaluate(of.settings.max_steps)
+        evaluate(of.settings.max_steps, True)
     return baseline, first, log.taken(), seconds
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from preftune import huggingface, loading
+from preftune import building, huggingface, loading
+from preftune.collecting import Data
 from preftune.config import Config
 from preftune.data import Renderer, Rows
 from preftune.errors import UserError
 from preftune.labelling.book import Pair
-from preftune.labelling.latest import Latest, is_run, latest, model_of
+from preftune.labelling.latest import Latest, goes_on, is_run, latest, settings_of
 from preftune.numerics import permutation, stream_key, uniform
 from preftune.policies.transformer import Transformer
 
@@ -31,6 +32,13 @@ class Writer:
     latest: Latest | None = None
     """Of a run that goes on: it says by which weights it writes."""
 
+    @property
+    def asked(self) -> Data:
+        """The prompts as it is asked: for good responses, where it is trained to be."""
+        if self.policy.controls is None:
+            return self.rows
+        return building.Asked(self.rows, self.policy)
+
     def now(self) -> str:
         """Its name, once it has the newest weights."""
         if self.latest is None:
@@ -47,7 +55,7 @@ def writers(config: Config, names: Sequence[str]) -> list[Writer]:
     """
     found = []
     for name in names:
-        if len(names) > 1 and _goes_on(name):
+        if len(names) > 1 and goes_on(name):
             raise UserError(
                 f"models: the run '{name}' goes on, and its weights would change while they are "
                 "compared. Wait until it has ended."
@@ -62,18 +70,22 @@ def writers(config: Config, names: Sequence[str]) -> list[Writer]:
 
 
 def _writer(config: Config, name: str) -> Writer:
-    following = latest(config, name) if _goes_on(name) else None
-    if following is not None:
-        policy, tokenizer = following.policy, huggingface.load_tokenizer(model_of(name))
-    else:
-        policy, tokenizer = loading.model_of(config, model_of(name) if is_run(name) else name)
-    rows, renderer = loading.prompts_of(config, policy, tokenizer)
-    return Writer(name=name, policy=policy, rows=rows, renderer=renderer, latest=following)
-
-
-def _goes_on(name: str) -> bool:
-    """Whether this is the folder of a run that has not left its model yet."""
-    return is_run(name) and not (Path(name) / "model").is_dir()
+    if not goes_on(name):
+        left = str(Path(name) / "model") if is_run(name) else name
+        policy, tokenizer = loading.model_of(config, left)
+        rows, renderer = loading.prompts_of(config, policy, tokenizer)
+        return Writer(name=name, policy=policy, rows=rows, renderer=renderer)
+    run = settings_of(name)
+    tokenizer = huggingface.load_tokenizer(run.model)
+    following = latest(config, name, tokenizer)
+    # its prompts look as they do in training
+    seen = {"template": run.template, "system_prompt": run.system_prompt}
+    rows, renderer = loading.prompts_of(
+        config.model_copy(update=seen), following.policy, tokenizer
+    )  # fmt: skip
+    return Writer(
+        name=name, policy=following.policy, rows=rows, renderer=renderer, latest=following
+    )  # fmt: skip
 
 
 def draw(each: Sequence[Writer], seed: int, number: int) -> Pair | None:
@@ -106,7 +118,8 @@ def _said(writer: Writer, row: int, count: int, key: int) -> list[tuple[str, boo
         return uniform(key, t, torch.arange(shape[-1])).expand(shape)
 
     with torch.no_grad():
-        drawn = writer.policy.sample(*writer.rows.prompts_only([row]), count, stream, 0)
+        index = torch.tensor([row])
+        drawn = writer.policy.sample(*writer.asked.prompts_only(index), count, stream, 0)
     lengths = (drawn.lengths() - drawn.finished.long())[0].tolist()
     return [
         (

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from preftune import building, checkpoint, config
 from preftune.config import Config
@@ -13,12 +14,6 @@ from preftune.runs import RunFolder
 def is_run(name: str) -> bool:
     """Whether this is a run's folder, and not a model's."""
     return (Path(name) / "config.yaml").is_file() and not (Path(name) / "config.json").exists()
-
-
-def model_of(name: str) -> str:
-    """The model of a run's folder: what it left, or while it goes on, what it began with."""
-    left = Path(name) / "model"
-    return str(left) if left.is_dir() else settings_of(name).model
 
 
 def settings_of(name: str) -> Config:
@@ -48,7 +43,12 @@ class Latest:
         return self.step
 
 
-def latest(drawn: Config, name: str) -> Latest:
+def goes_on(name: str) -> bool:
+    """Whether this is the folder of a run that has not left its model, or is at work again."""
+    return is_run(name) and (not (Path(name) / "model").is_dir() or RunFolder.is_busy(Path(name)))
+
+
+def latest(drawn: Config, name: str, tokenizer: Any) -> Latest:
     """The policy of a run that goes on.
 
     Args:
@@ -62,4 +62,4 @@ def latest(drawn: Config, name: str) -> Latest:
     if "score" in method.outputs:
         raise UserError(f"model '{name}': that run trains a reward model, which says nothing.")
     settings = drawn.model_copy(update={"model": run.model, "adapter": run.adapter})
-    return Latest(Path(name), building.make_policy(settings, None, None, method))
+    return Latest(Path(name), building.make_policy(settings, None, tokenizer, method))

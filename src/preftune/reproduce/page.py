@@ -47,7 +47,7 @@ def shown(row: Mapping[str, Any]) -> str:
     """The measured mean with its interval; `wide` where half of it is more than the margin, so
     that more seeds are due before the verdict is a result."""
     low, high = row["interval"]
-    if low == high == row["measured"]:
+    if low == high == row["measured"] and not row["seeds"]:
         return f"{row['measured']:.4g} (exact)"
     wide = " wide" if row["margin"] and (high - low) / 2 > abs(row["margin"]) else ""
     return f"{row['measured']:.3g} [{low:.3g}, {high:.3g}]{wide}"

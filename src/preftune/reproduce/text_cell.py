@@ -138,7 +138,7 @@ def _judging(of: Parts, answers: int) -> Any:
     budget = of.micro_batch_tokens
     ref_logp = pair_logp(reference, few, budget) if few.kind == "pairs" else None
 
-    def judge(step: int) -> dict[str, Any]:
+    def judge(step: int, last: bool) -> dict[str, Any]:
         found = figures(_answers(of, of.policy, each), baseline)
         if ref_logp is not None:
             found |= pair_figures(of.policy, reference, few, budget, ref_logp=ref_logp)
