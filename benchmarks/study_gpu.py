@@ -181,7 +181,7 @@ def train(bench: Bench, ground: Ground, job: Job) -> dict[str, Any]:
     policy = ground.policy(value_head="value" in row.outputs | row.needs)
     spent = {"evaluate": 0.0}
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int, last: bool) -> dict[str, float]:
         began = time.perf_counter()
         found = ground.figures(policy)
         spent["evaluate"] += time.perf_counter() - began
