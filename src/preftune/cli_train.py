@@ -169,7 +169,6 @@ def _run(
     command: str, text: str, names: Sequence[str], args: list[str], fixed: dict[str, Any]
 ) -> tuple[Path, dict[str, Any], bool]:
     """Train as the flags say; the run's folder, its last metrics, and whether JSON is asked for."""
-
     from preftune import config as configs
     from preftune.progress import Progress, stderr, working
 

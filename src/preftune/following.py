@@ -46,7 +46,7 @@ class Wave(list[Any]):
 Load = Callable[[Wave], tuple[Rows, list[Rejected]]]
 """A wave as token ids, and the rows that were refused.
 
-It raises a UserError where none is left.
+It raises `NoRows` where none is left.
 """
 
 

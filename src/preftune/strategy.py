@@ -52,12 +52,15 @@ def on_cpu() -> bool:
 
 
 def _of_deepspeed() -> Strategy:
-    stage, offloaded = _zero()
-    if offloaded:
-        raise UserError(
-            f"DeepSpeed: {offloaded} is not offloaded to '{_device(offloaded)}'. Leave offloading "
-            "out; an adapter (adapter: lora) needs less memory than it saves."
-        )
+    zero = _zero()
+    stage = _stage(zero)
+    for what, variable in _DEVICES.items():
+        device = _device(zero.get(f"offload_{what}"), variable)
+        if device != "none":
+            raise UserError(
+                f"DeepSpeed: {what} is not offloaded to '{device}'. Leave offloading out; an "
+                "adapter (adapter: lora) needs less memory than it saves."
+            )
     if stage == 0:
         return Strategy(note="DeepSpeed without ZeRO: run as DDP")
     return Strategy(
@@ -81,9 +84,8 @@ def without_deepspeed() -> Iterator[None]:
 _DEVICES = {"optimizer": "OFFLOAD_OPTIMIZER_DEVICE", "param": "OFFLOAD_PARAM_DEVICE"}
 
 
-def _zero() -> tuple[int, str | None]:
-    """The stage, and the first of what is to be offloaded."""
-    stage = _file().get("stage")
+def _stage(zero: dict[str, Any]) -> int:
+    stage = zero.get("stage")
     if stage is None:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
     try:
@@ -92,17 +94,16 @@ def _zero() -> tuple[int, str | None]:
         number = -1
     if number not in range(4):
         raise UserError(f"DeepSpeed: ZeRO's stage is {stage!r}. Give --zero_stage 0, 1, 2 or 3.")
-    return number, next((what for what in _DEVICES if _device(what) != "none"), None)
+    return number
 
 
-def _device(what: str) -> str:
-    """Where something is offloaded to."""
-    given = os.environ.get(f"ACCELERATE_DEEPSPEED_{_DEVICES[what]}")
-    found = _file().get(f"offload_{what}")
-    return str((found.get("device") if isinstance(found, dict) else None) or given or "none")
+def _device(in_file: Any, variable: str) -> str:
+    """Where something is offloaded to: by the file, else by the launcher."""
+    found = in_file.get("device") if isinstance(in_file, dict) else None
+    return str(found or os.environ.get(f"ACCELERATE_DEEPSPEED_{variable}") or "none")
 
 
-def _file() -> dict[str, Any]:
+def _zero() -> dict[str, Any]:
     """ZeRO's settings in DeepSpeed's own file, where one is given."""
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if name == "none":

@@ -75,9 +75,8 @@ def load_examples(
         except Refused as error:
             raw = row.text if isinstance(row, Malformed) else row
             rejected.append(Rejected(where=where, reason=str(error), row=raw))
-    name = str(getattr(source, "path", "in memory"))
-    if isinstance(source, (str, Path)):
-        name = str(source)
+    named = isinstance(source, (str, Path))
+    name = str(source if named else getattr(source, "path", "in memory"))
     if not found:
         raise NoRows(f"data '{name}': {_why_nothing(rejected, list(columns), want)}")
     counts = Counter(kind for kind, _, _ in found)
