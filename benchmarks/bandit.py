@@ -32,13 +32,13 @@ from plain_bandit import PlainGPT, step
 from results import Plan, Row, hardware
 
 from preftune import loop
+from preftune.cells import Cell, Problem
 from preftune.method import Method
 from preftune.numerics import keep_freed_memory
 from preftune.problems.arms import Arms, States
 from preftune.problems.tokens import Tokens
 from preftune.problems.unseen import Unseen
 from preftune.reproduce import rows
-from preftune.study import Cell, Problem
 
 TAU = 0.05
 UPDATES = 6

@@ -8,11 +8,12 @@ Not claims: nothing here was fixed beforehand, and no verdict follows from it. E
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from preftune.cells import Cell
 from preftune.figures import interval
 from preftune.problems.arms import States
 from preftune.problems.words import Words
 from preftune.reproduce import rows
-from preftune.study import Cell, Study
+from preftune.study import Study
 
 SEEDS = range(500, 508)
 

@@ -11,7 +11,9 @@ VERDICTS = {"holds": "holds", "does_not_hold": "**does not hold**", "not_seen": 
 
 
 def cell(row: dict) -> str:
-    """Mean, interval and verdict."""
+    """Mean, interval and verdict; or why there is none."""
+    if row["interval"] is None:
+        return f"failed: {row['error']}"
     low, high = row["interval"]
     if low == high:
         return f"{row['measured']:.4g}: {VERDICTS[row['verdict']]}"

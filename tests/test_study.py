@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import tables
 from preftune import loop
 from preftune import objectives as o
+from preftune.cells import Cell, advance
 from preftune.errors import GuardStop, UserError
 from preftune.method import Method, resolve
 from preftune.policies.categorical import Categorical
@@ -21,7 +23,7 @@ from preftune.problems.arms import Arms, States
 from preftune.problems.unseen import Unseen
 from preftune.problems.words import Words
 from preftune.reproduce import rows
-from preftune.study import Cell, Study, advance, curves
+from preftune.study import CellsFailed, Study, curves
 from preftune.terms import Times
 
 pytestmark = pytest.mark.long
@@ -108,7 +110,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch: pytest.MonkeyPa
     asked: list[tuple[int, ...]] = []
     plain = advance
     monkeypatch.setattr(
-        "preftune.study.advance", lambda c, seeds: (asked.append(seeds), plain(c, seeds))[1]
+        "preftune.cells.advance", lambda c, seeds: (asked.append(seeds), plain(c, seeds))[1]
     )
     again = Study(tmp_path, workers=0)
     again.run([(cell, SEEDS)])
@@ -215,17 +217,25 @@ def test_a_run_whose_pairs_all_tie_makes_no_update() -> None:
 
 
 @dataclass(frozen=True)
-class _Slow(Arms):
-    """A problem that cannot be run: its fault reaches the caller."""
+class _NoWorld(Arms):
+    """A problem that cannot be run."""
 
     def world(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("no world")
 
 
-def test_a_fault_in_another_process_is_not_lost() -> None:
-    cell = replace(CELLS["arms dpo"], problem=_Slow(rows=8))
-    with pytest.raises((RuntimeError, AttributeError, ImportError)):
-        Study(None, workers=2).run([(cell, (1,))])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_fails_loses_no_other(workers: int, tmp_path: Path) -> None:
+    good, bad = CELLS["arms dpo"], replace(CELLS["arms dpo"], problem=_NoWorld(rows=8))
+    study = Study(tmp_path, workers=workers)
+    with pytest.raises(CellsFailed) as raised:
+        study.run([(bad, (1,)), (good, (1, 2))])
+    assert len(raised.value.exceptions) == 1 and study.failed.keys() == {bad.key}
+    assert study.missing(good, (1, 2)) == [] and study.missing(bad, (1,)) == [1]
+    kept = json.loads((tmp_path / "failed.jsonl").read_text())
+    assert (kept["cell"], kept["seeds"]) == (bad.key, [1])
+    if workers == 0:
+        assert "RuntimeError: no world" in kept["traceback"]
 
 
 @dataclass(frozen=True)

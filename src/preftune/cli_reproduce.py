@@ -49,7 +49,9 @@ def reproduce(args: list[str]) -> int:
     _show(done.rows, own["json"], inspecting)
     if not own["json"]:
         print(f"page: {done.page}")
-    return 0
+    for key, why in done.failed.items():
+        console.print(f"failed: {key}: {why}", markup=False, highlight=False)
+    return 1 if done.failed else 0
 
 
 def sparse(tick: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -69,14 +71,8 @@ def _show(rows: list[dict[str, Any]], as_json: bool, inspecting: Any) -> None:
     if as_json:
         print_json(rows)
         return
-    from preftune.reproduce.page import VERDICTS, name, needed, shown
+    from preftune.reproduce.page import name, needed, said, shown
 
     title = "Claims; 95 % intervals over seeds"
-    cells = [
-        [
-            name(r), r["claim"], "" if r["measured"] is None else shown(r), needed(r),
-            VERDICTS.get(r["verdict"], ""),
-        ]
-        for r in rows
-    ]  # fmt: skip
+    cells = [[name(r), r["claim"], shown(r), needed(r), said(r)] for r in rows]
     inspecting.table(title, ["id", "claim", "measured", "needed", "verdict"], cells)

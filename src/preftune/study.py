@@ -9,10 +9,12 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,43 +22,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from preftune import loop, spec
-from preftune.errors import GuardStop, UserError
-from preftune.method import Method
-from preftune.numerics import keep_freed_memory, stream_key
-from preftune.rounds import World
+from preftune.errors import UserError
+from preftune.numerics import keep_freed_memory
 from preftune.runs import RunFolder
-from preftune.samples import Samples, join
 
 Row = dict[str, Any]
-LOGGED = ("loss", "grad_norm", "kl", "log_ratio_chosen", "log_ratio_rejected", "margin")
-"""Metrics of an update that a study keeps, beside the exact figures of its problem."""
-
-
-@runtime_checkable
-class Problem(Protocol):
-    """Where a study's runs happen. A frozen dataclass of plain values: it goes to other processes,
-    and its fields are its identity."""
-
-    @property
-    def chunk(self) -> int:
-        """Runs that advance together, by measurement: so many stay in the processor's cache."""
-        ...
-
-    @property
-    def cost(self) -> float:
-        """Milliseconds of an update of one run, roughly: the dearest cells start first."""
-        ...
-
-    def world(
-        self, method: Method, seeds: tuple[int, ...], batch_size: int, data: Samples | None
-    ) -> World:
-        """What rounds are made from; `data` in place of its own, where another cell drew them."""
-        ...
-
-    def evaluate(self, run: loop.State) -> dict[str, Tensor]:
-        """Figures of the policy as it is, [R] each."""
-        ...
 
 
 @runtime_checkable
@@ -96,64 +66,6 @@ class Runnable(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """Runs of one method with one setting on one problem."""
-
-    problem: Problem
-    method: Method
-    updates: int
-    batch_size: int
-    learning_rate: float
-    lr_schedule: str = "constant"
-    max_grad_norm: float = math.inf
-    eval_every: int | None = None
-    """None: at the start and at the end."""
-    after: "Cell | None" = None
-    """Its data are the pairs that this on-policy cell's runs drew, in a shuffled order."""
-
-    def plain(self) -> dict[str, Any]:
-        """Everything that decides what its runs give."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        own |= {"problem": repr(self.problem), "method": spec.to_data(self.method)}
-        rest = {"reference_update": self.method.reference_update, "name": self.method.name}
-        return own | rest | {"after": self.after and self.after.plain()}
-
-    @property
-    def key(self) -> str:
-        """A name that is the same for the same cell, and for no other."""
-        return f"{self.method.name}-{stream_key(self.plain()):016x}"
-
-    @property
-    def chunk(self) -> int:
-        """See `Runnable.chunk`."""
-        return self.problem.chunk
-
-    @property
-    def cost(self) -> float:
-        """See `Runnable.cost`."""
-        before = 0.0 if self.after is None else self.after.cost
-        return before + self.problem.cost * self.updates
-
-    def placed(self, folder: Path) -> "Cell":
-        """See `Runnable.placed`."""
-        return self
-
-    def run(self, seeds: tuple[int, ...]) -> list[Row]:
-        """See `Runnable.run`."""
-        return advance(self, seeds)
-
-    @property
-    def settings(self) -> loop.Settings:
-        """Of the loop."""
-        return loop.Settings(
-            max_steps=self.updates, learning_rate=self.learning_rate, warmup_ratio=0.0,
-            lr_schedule=self.lr_schedule,  # pyright: ignore[reportArgumentType]
-            max_grad_norm=self.max_grad_norm, log_every=self.eval_every or self.updates,
-            eval_every=self.eval_every or self.updates,
-        )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Curves:
     """What a cell's runs gave."""
@@ -183,53 +95,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def advance(cell: Cell, seeds: tuple[int, ...]) -> list[Row]:
-    """Run some of a cell's seeds in this process: a row a run and logged step."""
-    with one_thread():
-        drawn = None if cell.after is None else _shuffled(_advance(cell.after, seeds, None)[1])
-        return _advance(cell, seeds, drawn, record=False)[0]
-
-
-def _advance(
-    cell: Cell, seeds: tuple[int, ...], data: Samples | None, record: bool = True
-) -> tuple[list[Row], list[Samples]]:
-    """Rows, and (where recorded) the pairs of each round, the chosen first."""
-    world = cell.problem.world(cell.method, seeds, cell.batch_size, data)
-    run = loop.start(cell.method, world, cell.settings)
-    rows: list[Row] = []
-    drawn: list[Samples] = []
-
-    def log(step: int, metrics: loop.Metrics) -> None:
-        kept = {k: v for k, v in metrics.items() if isinstance(v, list)}
-        for i, seed in enumerate(seeds):
-            own = {k: v[i] for k, v in kept.items() if not math.isnan(v[i])}
-            rows.append({"seed": seed, "step": step, **own})
-
-    def evaluate(step: int, last: bool) -> loop.Metrics:
-        return {k: v.double().tolist() for k, v in cell.problem.evaluate(run).items()}
-
-    def after_update() -> bool:
-        current = run.groups[0].round
-        if record and current is not None and current.taken == 1:
-            pairs = current.batches[0].index[..., 0, :]
-            drawn.append(replace(current.samples.at(pairs), reward=None, logp=None, ref_logp=None))
-        return False
-
-    hooks = loop.Hooks(
-        log=lambda step, m: log(step, {k: v for k, v in m.items() if k in LOGGED or k in names}),
-        evaluate=evaluate, stop=after_update,
-    )  # fmt: skip
-    names = set(evaluate(0, False))
-    with contextlib.suppress(GuardStop):  # every run has stopped: what was logged stands
-        loop.advance(run, cell.settings, hooks)
-    return rows, drawn
-
-
-def _shuffled(rounds: Sequence[Samples]) -> Samples:
-    """All rounds' pairs; the loop draws their order anew each epoch."""
-    return join(list(rounds))
-
-
 def curves(rows: Sequence[Row], seeds: Sequence[int]) -> Curves:
     """Rows of a cell as tensors."""
     steps = tuple(sorted({r["step"] for r in rows}))
@@ -247,6 +112,10 @@ def curves(rows: Sequence[Row], seeds: Sequence[int]) -> Curves:
     return Curves(steps, figures)
 
 
+class CellsFailed(ExceptionGroup[Exception]):
+    """Faults in the runs of some cells; those of all others have been made and kept."""
+
+
 @dataclass
 class Study:
     """Runs cells, each once, into one run folder; what that already holds is not run again."""
@@ -256,6 +125,8 @@ class Study:
     """Processes; 0: this one."""
     rows: dict[str, list[Row]] = field(default_factory=dict)
     """By cell."""
+    failed: dict[str, Exception] = field(default_factory=dict)
+    """By cell: what a run of it raised, the first of them."""
 
     def __post_init__(self) -> None:
         if self.folder is not None:
@@ -263,7 +134,7 @@ class Study:
             for row in RunFolder(self.folder).read("metrics.jsonl"):
                 self.rows.setdefault(row["cell"], []).append(row)
 
-    def _missing(self, cell: Runnable, seeds: Sequence[int]) -> list[int]:
+    def missing(self, cell: Runnable, seeds: Sequence[int]) -> list[int]:
         """Seeds whose runs are not there to the last step."""
         done = {r["seed"] for r in self.rows.get(cell.key, []) if r["step"] == cell.updates}
         return [s for s in seeds if s not in done]
@@ -279,10 +150,14 @@ class Study:
         Args:
             tick: told how many run-updates are done, of how many.
             beside: given the pool first, to send other work to it (None: no pool).
+
+        Raises:
+            UserError: what a user must mend before any run can go on; at once.
+            CellsFailed: other faults of runs; after all that can be run.
         """
         jobs: dict[tuple[str, int], tuple[Runnable, tuple[int, ...]]] = {}
         for cell, seeds in cells:
-            left, size = self._missing(cell, seeds), cell.chunk
+            left, size = self.missing(cell, seeds), cell.chunk
             for start in range(0, len(left), size):
                 part = tuple(left[start : start + size])
                 jobs[cell.key, part[0]] = (cell, part)
@@ -291,10 +166,22 @@ class Study:
         if self.workers == 0:
             beside(None)
             for cell, seeds in ordered:
-                self._keep(cell, cell.run(seeds))
+                self._keep(cell, seeds, partial(cell.run, seeds))
                 done += cell.updates * len(seeds)
                 tick(done, total)
-            return
+        else:
+            self._in_processes(ordered, total, tick, beside)
+        if self.failed:
+            raise CellsFailed("runs of a study failed", list(self.failed.values()))
+
+    def _in_processes(
+        self,
+        ordered: Sequence[tuple[Runnable, tuple[int, ...]]],
+        total: int,
+        tick: Callable[[int, int], None],
+        beside: Callable[[Executor | None], None],
+    ) -> None:
+        done = 0
         with pool_of(self.workers) as pool:
             try:
                 beside(pool)
@@ -305,15 +192,28 @@ class Study:
                     ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in ready:
                         cell, seeds = waiting.pop(future)
-                        self._keep(cell, future.result())
+                        self._keep(cell, seeds, future.result)
                         done += cell.updates * len(seeds)
                     tick(done, total)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _keep(self, cell: Runnable, rows: list[Row]) -> None:
-        rows = [{"cell": cell.key, **r} for r in rows]
+    def _keep(
+        self, cell: Runnable, seeds: tuple[int, ...], result: Callable[[], list[Row]]
+    ) -> None:
+        """What runs gave, or that they failed, where a folder keeps it."""
+        try:
+            rows = [{"cell": cell.key, **r} for r in result()]
+        except (UserError, BrokenProcessPool):
+            raise
+        except Exception as error:
+            self.failed.setdefault(cell.key, error)
+            if self.folder is not None:
+                said = "".join(traceback.format_exception(error))
+                failure = {"cell": cell.key, "seeds": list(seeds), "traceback": said}
+                RunFolder(self.folder).append("failed.jsonl", [failure])
+            return
         self.rows.setdefault(cell.key, []).extend(rows)
         if self.folder is not None:
             RunFolder(self.folder).append("metrics.jsonl", rows)

@@ -14,10 +14,11 @@ from preftune.advising.files import load_all
 from preftune.advising.looking import look
 from preftune.advising.problem import Problem, save
 from preftune.advising.scene import Scene, context_logits
+from preftune.cells import Cell, advance
 from preftune.policies.tree import Tree, all_responses
 from preftune.problems.drawn import draws
 from preftune.samples import REFERENCE
-from preftune.study import Cell, advance, curves
+from preftune.study import curves
 from preftune.theory.closed_form import kl, tilted
 
 pytestmark = pytest.mark.long

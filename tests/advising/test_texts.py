@@ -35,11 +35,11 @@ from preftune.advising.rule import Racing
 from preftune.advising.stated import FORMAT, Prices
 from preftune.advising.text_scene import TRUE, TextScene, controlled
 from preftune.advising.texts import TextLabels, TextProblem
+from preftune.cells import Cell, advance
 from preftune.data import Renderer, Rows
 from preftune.errors import UserError
 from preftune.problems import story
 from preftune.samples import REFERENCE, Samples
-from preftune.study import Cell, advance
 
 FEW = 64
 """Pairs of a drawn problem."""
@@ -416,7 +416,7 @@ def both(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Pa
         path.rename(tmp_path / f"{name}.json")
     seen = Seen(figures={}, price={0: 1.0, 1: 2.0, 2: 3.0})
     for target, value in (
-        ("preftune.study.advance", made_up),
+        ("preftune.cells.advance", made_up),
         ("preftune.advising.study._look", lambda p, models, seed: seen),
         ("preftune.advising.running._taken", lambda *_: (64.0, 0.0, 0.0)),
         ("preftune.advising.candidates.names", lambda: ["pref_ft", "rloo", "half_and_half"]),
@@ -449,7 +449,7 @@ def test_a_study_of_both_kinds_and_nothing_twice(
         assert len(places) == own.settings
     _check_results(done, both / "out")
     before = (both / "out/runs/metrics.jsonl").read_text()
-    monkeypatch.setattr("preftune.study.advance", None)
+    monkeypatch.setattr("preftune.cells.advance", None)
     again = run()
     assert (both / "out/runs/metrics.jsonl").read_text() == before, "nothing is run twice"
     assert again.tuned == done.tuned and again.seen == done.seen

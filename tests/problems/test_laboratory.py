@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from preftune import loop
+from preftune.cells import Problem
 from preftune.policies.tree import Tree
 from preftune.problems import arms, tokens, words
 from preftune.problems.arms import Arms, States
@@ -16,7 +17,7 @@ from preftune.problems.tokens import Tokens
 from preftune.problems.unseen import Unseen
 from preftune.problems.words import Words
 from preftune.reproduce import rows
-from preftune.study import Problem, one_thread
+from preftune.study import one_thread
 from preftune.theory.closed_form import kl, tilted
 from preftune.theory.linear_reward import fit_linear_reward
 

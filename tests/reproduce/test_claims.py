@@ -224,13 +224,48 @@ def test_a_wrong_command_is_one_message(args: list[str], says: str, capsys) -> N
 
 
 def test_other_code_is_not_mixed_in(tmp_path: Path, small: None, capsys, monkeypatch) -> None:
+    """Other source judges finished runs, and says so, but adds none."""
     out = tmp_path / "out"
-    _command("first-3", "--output", str(out), capsys=capsys)
+    rows = _command("first-3", "--output", str(out), capsys=capsys)
+    began = runner.source_digest()
     assert cli.run(["reproduce", "first-3", "--output", str(out)]) == 2, "not empty"
     assert "--resume" in capsys.readouterr().err
     monkeypatch.setattr(runner, "source_digest", lambda: "other")
-    assert cli.run(["reproduce", "first-3", "--output", str(out), "--resume"]) == 2
+    assert _command("first-3", "--output", str(out), "--resume", capsys=capsys) == rows
+    assert f"runs {began}, verdicts other" in (out / "report.html").read_text()
+    more = ["reproduce", "first-3", "e3-r1", "--output", str(out), "--resume"]
+    assert cli.run(more) == 2
     assert "other source code" in capsys.readouterr().err
+    assert f"source: {began}" in (out / "config.yaml").read_text(), "as it was"
+
+
+def _broken(*_: Any) -> Measured:
+    raise AssertionError("no place on the curve")
+
+
+@pytest.mark.parametrize("of", ["conclusion", "run"])
+def test_a_claim_that_fails_loses_no_other(
+    of: str, tmp_path: Path, small: None, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    whole = _command("first-3", "m3-cases", "--output", str(tmp_path / "whole"), capsys=capsys)
+    if of == "conclusion":
+        monkeypatch.setitem(
+            EXPERIMENTS, "first-3", replace(EXPERIMENTS["first-3"], conclude=_broken)
+        )
+    else:
+        monkeypatch.setattr("preftune.cells.advance", _broken)
+    args = ["reproduce", "first-3", "m3-cases", "--output", str(out), "--workers", "0"]
+    assert cli.run([*args, "--json"]) == 1
+    said = capsys.readouterr()
+    assert "failed: first-3: AssertionError: no place on the curve" in said.err
+    rows = json.loads(said.out)
+    failed = [r for r in rows if r["id"] == "first-3"]
+    assert all(r["verdict"] is None and "no place" in r["error"] for r in failed) and failed
+    assert [r for r in rows if r["id"] == "m3-cases"] == [r for r in whole if r["id"] == "m3-cases"]
+    assert "no place" in (out / "claims/first-3/traceback.txt").read_text()
+    text = (out / "report.html").read_text()
+    assert "<b>failed</b>" in text and "Failed: AssertionError: no place on the curve" in text
 
 
 def test_a_wide_interval_is_said() -> None:

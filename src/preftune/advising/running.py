@@ -15,11 +15,12 @@ from preftune.advising.signs import model_price
 from preftune.advising.stated import Stated
 from preftune.advising.text_scene import TextScene
 from preftune.advising.texts import TextProblem
+from preftune.cells import Cell
 from preftune.method import Method
 from preftune.numerics import stream_key
 from preftune.rounds import group_terms
 from preftune.stopping import Plateau
-from preftune.study import Cell, Row, one_thread
+from preftune.study import Row, one_thread
 
 POINTS, TEXT_POINTS = 24, 6
 """Figures of a run are taken at so many places; where they are by sampling, at fewer."""

@@ -76,6 +76,18 @@ class Measured:
     """What a reader must know beside the number."""
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A claim's verdicts."""
+
+    claim: Claim
+    rows: list[dict[str, Any]]
+    measured: Measured | None
+    """None: it failed."""
+    failed: str = ""
+    """Why."""
+
+
 Cells = Mapping[str, tuple[Runnable, Sequence[int]]]
 """By name: what must be run for a claim, and with which seeds."""
 Plan = Callable[[Claim, Sequence[int], bool], Cells]

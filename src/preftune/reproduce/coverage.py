@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from preftune import objectives as o
+from preftune.cells import Cell
 from preftune.method import Method
 from preftune.problems import words
 from preftune.problems.words import Words
 from preftune.reproduce import charts, rows
 from preftune.reproduce.claims import Cells, Claim, Measured, experiment
 from preftune.reproduce.solvers import slope
-from preftune.study import Cell, Curves
+from preftune.study import Curves
 from preftune.theory.closed_form import tilted
 from preftune.theory.linear_reward import fit_linear_reward
 

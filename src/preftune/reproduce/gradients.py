@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from preftune.cells import Cell
 from preftune.method import Method
 from preftune.problems.arms import States
 from preftune.reproduce import charts, rows
 from preftune.reproduce.claims import Cells, Claim, Measured, experiment
-from preftune.study import Cell, Curves
+from preftune.study import Curves
 
 Runs = Mapping[str, Curves]
 E3_GRID = (5, 10, 20, 50, 200)

@@ -8,29 +8,23 @@ from typing import Any
 
 from preftune.durable import write_text
 from preftune.report import frame
-from preftune.reproduce.claims import Claim, Measured, key_of
+from preftune.reproduce.claims import Judged, key_of
 
 VERDICTS = {"holds": "holds", "does_not_hold": "does not hold", "not_seen": "not seen"}
 
 
-def write_page(
-    path: Path,
-    claims: Sequence[Claim],
-    rows: Sequence[Mapping[str, Any]],
-    found: Mapping[str, Measured],
-    seed_base: int,
-    full: bool,
-) -> Path:
+def write_page(path: Path, judged: Sequence[Judged], facts: Mapping[str, str]) -> Path:
     """Write the page; it appears whole or not at all."""
     figures = {
-        c.key: _traces(found[c.key].figure) for c in claims if found[c.key].figure is not None
+        j.claim.key: _traces(j.measured.figure)
+        for j in judged
+        if j.measured is not None and j.measured.figure is not None
     }
+    rows = [row for j in judged for row in j.rows]
     parts = {
-        "facts": _facts(rows, seed_base, full),
+        "facts": frame.facts({"Verdicts": _counts(rows), **facts}),
         "table": _table(rows),
-        "claims": "".join(
-            _section(c, [r for r in rows if key_of(r) == c.key], found[c.key]) for c in claims
-        ),
+        "claims": "".join(_section(j) for j in judged),
     }
     write_text(path, frame.page("preftune.reproduce", "preftune reproduce", figures, parts))
     return path
@@ -46,6 +40,8 @@ def _traces(figure: Any) -> list[Any]:
 def shown(row: Mapping[str, Any]) -> str:
     """The measured mean with its interval; `wide` where half of it is more than the margin, so
     that more seeds are due before the verdict is a result."""
+    if row["interval"] is None:
+        return ""
     low, high = row["interval"]
     if low == high == row["measured"] and not row["seeds"]:
         return f"{row['measured']:.4g} (exact)"
@@ -64,20 +60,21 @@ def name(row: Mapping[str, Any]) -> str:
     return f"{key_of(row)}: {row['part']}" if row["part"] else key_of(row)
 
 
-def _facts(rows: Sequence[Mapping[str, Any]], seed_base: int, full: bool) -> str:
-    counts = [f"{sum(r['verdict'] == k for r in rows)} {v}" for k, v in VERDICTS.items()]
-    facts = {
-        "Verdicts": ", ".join(counts), "First seed": str(seed_base),
-        "Grid": "full" if full else "each claim's own points",
-    }  # fmt: skip
-    return frame.facts(facts)
+def said(row: Mapping[str, Any]) -> str:
+    """The verdict in words; "" where nothing was run."""
+    return "failed" if "error" in row else VERDICTS.get(row["verdict"], "")
+
+
+def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
+    counts = {word: sum(said(r) == word for r in rows) for word in (*VERDICTS.values(), "failed")}
+    return ", ".join(f"{n} {word}" for word, n in counts.items() if n or word != "failed")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         f'<tr><th scope="row"><a href="#{key_of(r)}">{html.escape(name(r))}</a></th>'
         f"<td>{html.escape(r['claim'])}</td><td>{shown(r)}</td><td>{needed(r)}</td>"
-        f"<td><b>{VERDICTS[r['verdict']]}</b></td></tr>"
+        f"<td><b>{said(r)}</b></td></tr>"
         for r in rows
     )
     heads = ("claim", "what it says", "measured (95 % interval over seeds)", "needed", "verdict")
@@ -85,22 +82,24 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="scroll verdicts"><table><thead><tr>{head}</tr></thead>{body}</table></div>'
 
 
-def _section(claim: Claim, rows: Sequence[Mapping[str, Any]], measured: Measured) -> str:
+def _section(judged: Judged) -> str:
+    claim, measured = judged.claim, judged.measured
     settings = ", ".join(f"{k} {v}" for k, v in claim.settings.items()) or "none"
     numbers = "".join(
         f"<p>{html.escape(r['statistic'])}: <b>{shown(r)}</b>, needed {needed(r)}: "
-        f"<b>{VERDICTS[r['verdict']]}</b></p>"
-        for r in rows
+        f"<b>{said(r)}</b></p>"
+        for r in judged.rows
     )
-    notes = "".join(f"<p>{html.escape(n)}</p>" for n in measured.notes)
+    lines = [f"Failed: {judged.failed}"] if measured is None else measured.notes
+    notes = "".join(f"<p>{html.escape(n)}</p>" for n in lines)
     chart = ""
-    if measured.figure is not None:
+    if measured is not None and measured.figure is not None:
         title = measured.figure.layout.title.text or ""
         chart = (
             f'<figure class="alone"><h3>{html.escape(title)}</h3><figcaption></figcaption>'
             f'<div class="chart" id="chart-{claim.key}"></div></figure>'
         )
-    seeds = rows[0]["seeds"]
+    seeds = judged.rows[0]["seeds"]
     return (
         f'<section id="{claim.key}"><h2>{claim.key}</h2><p>{html.escape(claim.claim)}</p>'
         f'<p class="caption">{html.escape(claim.source)}; labels: '

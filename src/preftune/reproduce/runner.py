@@ -1,18 +1,23 @@
 """Runs claims: cells in a study, what is exact beside it, then verdicts and a page."""
 
+import contextlib
 import hashlib
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from preftune.durable import write_text
 from preftune.errors import UserError
 from preftune.reproduce.claims import (
     EXPERIMENTS,
     Claim,
     Experiment,
+    Judged,
     Measured,
     choose,
     listed,
@@ -20,7 +25,7 @@ from preftune.reproduce.claims import (
 )
 from preftune.reproduce.page import write_page
 from preftune.runs import RunFolder
-from preftune.study import Runnable, Study, one_thread
+from preftune.study import CellsFailed, Runnable, Study, one_thread
 
 MODULES = (
     "sampling",
@@ -43,6 +48,8 @@ class Reproduced:
 
     rows: list[dict[str, Any]]
     page: Path | None
+    failed: dict[str, str]
+    """By claim: why it could not be judged."""
 
 
 def _experiments() -> None:
@@ -87,32 +94,38 @@ def reproduce(
         for c in claims
         if (plan := _experiment(c).plan) is not None
     }
-    _open(folder, plans, seed_base, resume)
-    study = Study(folder, workers)
-    exact: dict[str, Future[Measured] | Measured] = {}
+    cells = _distinct(plans.values(), folder / "made")
+    study, source = _open(folder, cells, workers, resume)
+    RunFolder.create(folder, _config(plans, seed_base, source))
+    exact: dict[str, Callable[[], Measured]] = {}
 
     def beside(pool: Executor | None) -> None:
         for c in claims:
             if c.key not in plans:
-                job = (c, seeds[c.key])
-                exact[c.key] = _exact(*job) if pool is None else pool.submit(_exact, *job)
+                job = partial(_exact, c, seeds[c.key])
+                exact[c.key] = job if pool is None else pool.submit(job).result
 
-    def finished() -> dict[str, Measured]:
-        return {k: m.result() if isinstance(m, Future) else m for k, m in exact.items()}
+    with contextlib.suppress(CellsFailed):  # the claims that need them say so
+        study.run(cells, tick, beside)
 
-    study.run(_distinct(plans.values(), folder / "made"), tick, beside)
-    found = finished()
-    rows = []
-    for c in claims:
-        if c.key in plans:
-            runs = {n: study.curves(cell, own) for n, (cell, own) in plans[c.key].items()}
-            found[c.key] = _experiment(c).conclude(c, seeds[c.key], runs)
-        own_rows = verdicts(c, found[c.key])
-        _write(folder / "claims" / c.key, own_rows, found[c.key])
-        rows += own_rows
-    page = write_page(folder / "report.html", claims, rows, found, seed_base, full)
+    def measure(c: Claim) -> Measured:
+        if c.key not in plans:
+            return exact[c.key]()
+        for cell, _ in plans[c.key].values():
+            if cell.key in study.failed:
+                raise study.failed[cell.key]
+        runs = {n: study.curves(cell, own) for n, (cell, own) in plans[c.key].items()}
+        return _experiment(c).conclude(c, seeds[c.key], runs)
+
+    judged = [_judged(folder, c, measure) for c in claims]
+    rows = [row for j in judged for row in j.rows]
+    facts = {"First seed": str(seed_base), "Grid": "full" if full else "each claim's own points"}
+    if source != source_digest():
+        facts["Source"] = f"runs {source}, verdicts {source_digest()}"
+    page = write_page(folder / "report.html", judged, facts)
     RunFolder(folder).write_json("results.json", rows)
-    return Reproduced(rows=rows, page=page)
+    failed = {j.claim.key: j.failed for j in judged if j.failed}
+    return Reproduced(rows=rows, page=page, failed=failed)
 
 
 def _experiment(claim: Claim) -> Experiment:
@@ -144,31 +157,33 @@ def _distinct(
 
 
 def _open(
-    folder: Path,
-    plans: Mapping[str, Mapping[str, tuple[Runnable, Sequence[int]]]],
-    seed_base: int,
-    resume: bool,
-) -> None:
-    """A free folder, or one that this very code has begun."""
-    config = {
-        "command": "reproduce", "seed_base": seed_base, "source": source_digest(),
-        "cells": {
-            cell.key: {"claims": [], "settings": _words(cell.plain())}
-            for plan in plans.values() for cell, _ in plan.values()
-        },
-    }  # fmt: skip
-    for name, plan in plans.items():
-        for cell, _ in plan.values():
-            config["cells"][cell.key]["claims"].append(name)
-    began = folder / "config.yaml"
-    if not (resume and began.is_file()):
+    folder: Path, cells: Sequence[tuple[Runnable, Sequence[int]]], workers: int, resume: bool
+) -> tuple[Study, str]:
+    """A free folder, or one that has been begun, and the digest of the source of its runs: this
+    very code's, or another's where nothing is left to run and verdicts alone are drawn."""
+    if not (resume and (folder / "config.yaml").is_file()):
         RunFolder.check_free(folder)
-    elif RunFolder(folder).read_config().get("source") != config["source"]:
+        return Study(folder, workers), source_digest()
+    source = RunFolder(folder).read_config().get("source")
+    study = Study(folder, workers)
+    if source != source_digest() and any(study.missing(*cell) for cell in cells):
         raise UserError(
             f"output '{folder}': its runs were made by other source code, so they cannot be "
             "mixed with new ones. Give another folder."
         )
-    RunFolder.create(folder, config)
+    return study, str(source)
+
+
+def _config(
+    plans: Mapping[str, Mapping[str, tuple[Runnable, Sequence[int]]]], seed_base: int, source: str
+) -> dict[str, Any]:
+    """Of the folder: every cell's settings, and which claims need it."""
+    cells: dict[str, Any] = {}
+    for name, plan in plans.items():
+        for cell, _ in plan.values():
+            own = cells.setdefault(cell.key, {"claims": [], "settings": _words(cell.plain())})
+            own["claims"].append(name)
+    return {"command": "reproduce", "seed_base": seed_base, "source": source, "cells": cells}
 
 
 def _words(value: Any) -> Any:
@@ -190,13 +205,26 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _write(folder: Path, rows: list[dict[str, Any]], measured: Measured) -> None:
-    """data.jsonl and result.json of a claim."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data.jsonl").unlink(missing_ok=True)
-    own = RunFolder(folder)
+def _judged(folder: Path, claim: Claim, measure: Callable[[Claim], Measured]) -> Judged:
+    """A claim's verdicts, kept in its folder; or why there are none: a fault in one claim must not
+    lose the others."""
+    place = folder / "claims" / claim.key
+    place.mkdir(parents=True, exist_ok=True)
+    for old in ("data.jsonl", "result.json", "traceback.txt"):
+        (place / old).unlink(missing_ok=True)
+    try:
+        measured = measure(claim)
+        rows = verdicts(claim, measured)
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        write_text(place / "traceback.txt", "".join(traceback.format_exception(error)))
+        return Judged(claim, [listed(claim, p) | {"error": why} for p in claim.parts], None, why)
+    own = RunFolder(place)
     own.append("data.jsonl", measured.rows)
     per_seed = {name: values.tolist() for name, values in measured.values.items()}
     own.write_json("result.json", {
         "verdicts": rows, "statistic_by_seed": per_seed, "notes": list(measured.notes),
     })  # fmt: skip
+    return Judged(claim, rows, measured)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune.cells import Cell
 from preftune.method import Method
 from preftune.problems.arms import Arms, States
 from preftune.problems.bandit import Peak, Peaks
 from preftune.problems.tokens import Tokens
 from preftune.reproduce import charts, rows
 from preftune.reproduce.claims import Cells, Claim, Measured, experiment
-from preftune.study import Cell, Curves
+from preftune.study import Curves
 
 Runs = Mapping[str, Curves]
 
