@@ -62,7 +62,7 @@ def real_pairs(tokenizer: Any, folder: Path, count: int) -> list[dict[str, str]]
 
     path = folder / "hh_helpful.jsonl.gz"
     if not path.is_file():
-        raise Skipped(f"there is no ../shared/data/{path.name}")
+        raise Skipped(f"{path.name} is not in the repository, nor in ../shared/data beside it")
     rows = []
     for example in load_examples(str(path), want="pairs").examples:
         prompt = _rendered(tokenizer, example.prompt)

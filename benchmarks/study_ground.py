@@ -19,11 +19,11 @@ from study_parts import (
     Say,
     Stop,
     Study,
+    distinct_prompts,
     facts_of,
     keep,
     kept,
     new_model,
-    prompts_of,
     repeatable,
     run_loop,
     texts_of,
@@ -110,7 +110,7 @@ class Ground:
 
     def take_over(self, other: "Ground") -> None:
         """What another problem of the same seed has made: it is the same."""
-        names = ("model", "reference", "fingerprint", "drawn", "mode")
+        names = ("model", "reference", "fingerprint", "drawn", "asked", "mode")
         self.__dict__.update({n: other.__dict__[n] for n in names if n in other.__dict__})
 
     @cached_property
@@ -179,10 +179,10 @@ class Ground:
         return of_weights(self.model)[:16]
 
     def prompts(self) -> tuple[Tensor, Tensor]:
-        """Those that are trained on, then those that are held out."""
+        """Those that are trained on, then those that are held out; no two are alike."""
         count = self.study.pairs + self.study.held_out
         if not self.study.model:
-            return prompts_of(self.study, self.seed, "pairs", count)
+            return distinct_prompts(self.study, self.seed, "pairs", count)
         ids = file_prompts(self.study, self.model, self.tokenizer)
         order = uniform(stream_key(self.seed, "file"), torch.arange(len(ids))).argsort()
         return pad_stack([torch.tensor(ids[i]) for i in order[:count].tolist()], left=True)
@@ -200,6 +200,13 @@ class Ground:
         return Rows(
             prompt=prompt, prompt_mask=mask, tokens=s.tokens, mask=s.mask, finished=s.finished
         )
+
+    @cached_property
+    def asked(self) -> str:
+        """Fingerprint of the prompts: what was trained on others may have seen these held-out
+        ones."""
+        rows = self.drawn
+        return f"{stream_key(rows.prompt.masked_fill(~rows.prompt_mask, -1).tolist()):016x}"
 
     @cached_property
     def mode(self) -> int:
@@ -249,7 +256,7 @@ class Ground:
         if self.study.reward == "true":
             return self.true_reward
         folder = self.home / f"reward-{self.problem}"
-        if not kept(folder):
+        if not kept(folder) or facts_of(folder).get("prompts") != self.asked:
             with repeatable(self.device):
                 self._train_reward(folder)
         model = huggingface.classifier_from(str(folder), torch.float32).to(self.device)
@@ -284,7 +291,7 @@ class Ground:
         score = self.scores(model, self.held_out.everything())
         facts = {
             "loss": log.last["loss"], "accuracy": float(wins(score[:, 0], score[:, 1]).mean()),
-            "pairs": len(pairs), "seconds": time.perf_counter() - began,
+            "pairs": len(pairs), "prompts": self.asked, "seconds": time.perf_counter() - began,
         }  # fmt: skip
         keep(model.model, folder, facts)
         self.say(f"  {facts['seconds']:.0f} s, accuracy on held-out pairs {facts['accuracy']:.3f}")
@@ -294,7 +301,8 @@ class Ground:
         self.make()
         lengths = self.drawn.lengths().double()
         found: dict[str, Any] = {
-            "reference": self.fingerprint, "pairs": len(self.pairs), "mode": self.mode,
+            "reference": self.fingerprint, "prompts": self.asked,
+            "pairs": len(self.pairs), "mode": self.mode,
             "reference_length": float(lengths.mean()), "length_deviation": float(lengths.std()),
             "pair_lengths": self.pairs.lengths().double().mean(0).tolist(),
         }  # fmt: skip
@@ -359,7 +367,7 @@ class Ground:
 
 
 def file_prompts(study: Study, model: Any, tokenizer: Any) -> list[list[int]]:
-    """Prompts of a file as the model's own tokenizer and template have them."""
+    """Prompts of a file as the model's own tokenizer and template have them, each once."""
     from preftune.data.chat import Renderer
 
     package = Path(huggingface.__file__).parent / "data" / "default" / "prompts.jsonl"
@@ -369,7 +377,7 @@ def file_prompts(study: Study, model: Any, tokenizer: Any) -> list[list[int]]:
     found = [renderer.prompt_ids(row.get("prompt") or row["instruction"]) for row in rows]
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
     room = min(LONGEST_PROMPT, context - study.max_new_tokens)
-    found = [ids for ids in found if len(ids) <= room]
+    found = [list(ids) for ids in dict.fromkeys(map(tuple, found)) if len(ids) <= room]
     if len(found) < 2 * study.held_out:
         raise ValueError(
             f"{path}: {len(found)} prompts are too few for {study.held_out} held-out ones and as "

@@ -219,6 +219,29 @@ def prompts_of(study: Study, seed: int, stream: str, count: int) -> tuple[Tensor
     return pad_stack(rows, left=True)
 
 
+def distinct_prompts(study: Study, seed: int, stream: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` of such prompts that are no repetition: short ones come again and again.
+
+    Raises:
+        ValueError: the language has fewer.
+    """
+    size = (study.vocabulary - FIRST) // TOPICS
+    there = TOPICS * sum(size**words for words in range(1, 7))
+    if there < count:
+        raise ValueError(
+            f"a language of {study.vocabulary} words has {there} prompts, not the {count} that are "
+            "trained on and held out. Raise --vocabulary, or lower --pairs."
+        )
+    drawn, first = count, list[int]()
+    while len(first) < count:
+        prompt, mask = prompts_of(study, seed, stream, drawn)
+        seen: dict[tuple[int, ...], int] = {}
+        for i, row in enumerate(prompt.masked_fill(~mask, -1).tolist()):
+            seen.setdefault(tuple(row), i)
+        first, drawn = list(seen.values())[:count], 2 * drawn
+    return prompt[first], mask[first]
+
+
 def texts_of(study: Study, seed: int) -> Rows:
     """Prompts with one answer each: lengths by `length_law`, words by a chain of pairs of words
     that is the seed's own."""

@@ -1,7 +1,8 @@
 """From the pieces of `study_gpu.py` to a table: means and 95 % intervals over seeds.
 
-Rates and strengths are chosen for a seed by the other seeds' true reward, so that the choice owes
-nothing to the numbers that it is shown with; of one seed alone they are chosen on itself, and said.
+Rates and strengths are chosen for a seed by the gain in true reward of the other seeds that all of
+them have, so that the choice owes nothing to the numbers that it is shown with; where there is no
+such seed they are chosen on itself, and said.
 """
 
 import json
@@ -56,11 +57,17 @@ def read(folder: Path, study: Mapping[str, Any]) -> tuple[list[Piece], list[str]
         else:
             notes.append(f"{path.name} was made with other settings and is left out")
     for seed in sorted({p["seed"] for p in found}):
-        bases = {p["ground"]["reference"] for p in found if p["seed"] == seed}
+        grounds = [p["ground"] for p in found if p["seed"] == seed]
+        bases = {ground["reference"] for ground in grounds}
         if len(bases) > 1:
             notes.append(
                 f"pieces of seed {seed} stand on {len(bases)} references, trained anew from the "
                 "same seed: differences of methods within it are not paired"
+            )
+        if any("prompts" not in ground for ground in grounds):
+            notes.append(
+                f"pieces of seed {seed} are of a time when prompts came several times: some of "
+                "those held out were trained on, too. Begin another folder"
             )
     return found, notes
 
@@ -96,22 +103,30 @@ def cells(pieces: Iterable[Piece]) -> dict[Cell, list[Piece]]:
     return {cell: sorted(own, key=lambda p: p["seed"]) for cell, own in found.items()}
 
 
-def chosen(pieces: Sequence[Piece]) -> dict[int, Piece]:
-    """Of one problem and method, the piece of each seed in the cell that is best on the others.
+def judges(pieces: Sequence[Piece], seed: int) -> list[int]:
+    """The seeds that one's settings are chosen by: the others that all of its cells have, since
+    seeds are harder and easier; itself where there is none."""
+    each = [{p["seed"] for p in own} for own in cells(pieces).values()]
+    return sorted(set.intersection(*(own for own in each if seed in own)) - {seed}) or [seed]
 
-    A cell that diverged on one of the others is taken only where all did.
+
+def chosen(pieces: Sequence[Piece]) -> dict[int, Piece]:
+    """Of one problem and method, the piece of each seed in the cell that gains most on its judges.
+
+    A cell that diverged on one of the other seeds is taken only where all did.
     """
     by_cell = cells(pieces)
 
-    def worth(cell: Cell, seed: int) -> tuple[bool, float]:
+    def worth(cell: Cell, seed: int, by: Sequence[int]) -> tuple[bool, float]:
         others = [p for p in by_cell[cell] if p["seed"] != seed] or by_cell[cell]
-        gold = [last(p, "gold") for p in others]
-        return not any(p["diverged"] for p in others), sum(gold) / len(gold)
+        gains = [gain(p, "gold") for p in by_cell[cell] if p["seed"] in by]
+        return not any(p["diverged"] for p in others), sum(gains) / len(gains)
 
     out = {}
     for seed in sorted({p["seed"] for p in pieces}):
         able = {c: p for c, own in by_cell.items() for p in own if p["seed"] == seed}
-        out[seed] = able[max(able, key=lambda c: worth(c, seed))]
+        by = judges(pieces, seed)
+        out[seed] = able[max(able, key=lambda c: worth(c, seed, by))]
     return out
 
 
@@ -147,18 +162,26 @@ def points_of(pieces: Iterable[Piece]) -> list[tuple[float, float]]:
     return [(c["kl"], c["gold"]) for p in pieces for c in p["curve"] if c["step"]]
 
 
-def frontier(pieces: Sequence[Piece], problem: str) -> Figure | None:
+def frontier(pieces: Sequence[Piece], problem: str) -> tuple[Figure | None, list[int]]:
     """HyPO's KL against DPO's at equal true reward, over all of their rates, strengths and
-    checkpoints: mean over seeds of `log_kl_ratio`."""
-    ratios = []
-    for seed in sorted({p["seed"] for p in pieces}):
-        own = [p for p in pieces if (p["problem"], p["seed"]) == (problem, seed)]
-        sides = [[p for p in own if p["method"] == m] for m in ("hypo", "dpo")]
+    checkpoints: mean over seeds of `log_kl_ratio`.
+
+    Returns:
+        The figure, and the seeds that are not in it: a side is missing or nowhere above the start.
+    """
+    of = [p for p in pieces if p["problem"] == problem and p["method"] in ("hypo", "dpo")]
+    ratios, dropped = [], list[int]()
+    for seed in sorted({p["seed"] for p in of}):
+        sides = [[p for p in of if (p["method"], p["seed"]) == (m, seed)] for m in ("hypo", "dpo")]
         points = [points_of(side) for side in sides]
+        found = None
         if all(points):
             found = log_kl_ratio(points[0], points[1], sides[0][0]["curve"][0]["gold"])
-            ratios += [] if found is None else [found]
-    return over_seeds(ratios) if ratios else None
+        if found is None:
+            dropped.append(seed)
+        else:
+            ratios.append(found)
+    return over_seeds(ratios) if ratios else None, dropped
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -207,6 +230,7 @@ def method_line(pieces: Sequence[Piece], method: str, known: str) -> dict[str, A
             "settings": {str(s): Cell.of(p).knobs for s, p in best.items()},
             "gold_gain": over_seeds([gain(p, "gold") for p in best.values()]),
             "kl": over_seeds([last(p, "kl") for p in best.values()]),
+            "chosen_on_itself": [s for s in best if judges(own, s) == [s]],
         }
         rival = chosen([p for p in pieces if (p["problem"], p["method"]) == (problem, "dpo")])
         both = [s for s in best if s in rival]
@@ -215,7 +239,8 @@ def method_line(pieces: Sequence[Piece], method: str, known: str) -> dict[str, A
                 [last(best[s], "gold") - last(rival[s], "gold") for s in both]
             )
         if method == "hypo":
-            found["frontier_log_kl_over_dpo"] = frontier(pieces, problem)
+            figure, dropped = frontier(pieces, problem)
+            found |= {"frontier_log_kl_over_dpo": figure, "frontier_seeds_dropped": dropped}
         line["problems"][problem] = found
     return line | {"seeds": sorted(seeds), "few_seeds": len(seeds) < FEW}
 
@@ -255,8 +280,17 @@ def notes_of(pieces: Sequence[Piece]) -> list[str]:
     if counts and min(counts) < FEW:
         notes.append(
             f"few seeds ({min(counts)} of some cells): resampling so few gives intervals that are "
-            "too narrow; of one seed there is none, and its settings are chosen on itself"
+            "too narrow; of one seed there is none. Where no other seed has all settings of a "
+            "method, they are chosen on the seed itself (chosen_on_itself)"
         )
+    for problem in PROBLEMS:
+        _, dropped = frontier(pieces, problem)
+        if dropped and any((p["problem"], p["method"]) == (problem, "hypo") for p in pieces):
+            notes.append(
+                f"{problem}: the frontier of HyPO against DPO is without {len(dropped)} seeds "
+                f"({', '.join(map(str, dropped))}), where one of them is missing or never above "
+                "its start"
+            )
     failed = {(c["name"], p["hardware"]) for p in pieces for c in p["checks"] if not c["holds"]}
     return notes + [f"FAILED check: {name} ({where})" for name, where in sorted(failed)]
 

@@ -5,39 +5,51 @@ python scripts/claims_table.py runs/reproduce-a runs/reproduce-b
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from preftune.reproduce.page import name, needed, shown
 
 VERDICTS = {"holds": "holds", "does_not_hold": "**does not hold**", "not_seen": "*not seen*"}
+Row = Mapping[str, Any]
 
 
-def cell(row: dict) -> str:
-    """Mean, interval and verdict; or why there is none."""
+def cell(row: Row | None) -> str:
+    """Mean, interval and verdict; or why there is none; "" where the folder has no such row."""
+    if row is None:
+        return ""
     if row["interval"] is None:
         return f"failed: {row['error']}"
-    low, high = row["interval"]
-    if low == high:
-        return f"{row['measured']:.4g}: {VERDICTS[row['verdict']]}"
-    wide = " (wide)" if row["margin"] and (high - low) / 2 > abs(row["margin"]) else ""
-    return f"{row['measured']:.3g} [{low:.3g}, {high:.3g}]{wide}: {VERDICTS[row['verdict']]}"
+    return f"{shown(row)}: {VERDICTS[row['verdict']]}"
 
 
-def needed(row: dict) -> str:
-    """The margin in words."""
-    sign = {"greater": ">", "less": "<", "within": "±"}[row["direction"]]
-    return f"{sign} {row['margin']:g}"
+def same(row: Row) -> tuple[str, ...]:
+    """What rows of several folders must share to be one line."""
+    return f"`{name(row)}`", row["statistic"], needed(row)
+
+
+def seeds(rows: Sequence[Row]) -> str:
+    """How many, of each folder where they differ."""
+    return ", ".join(dict.fromkeys(str(row["seeds"] or "exact") for row in rows))
+
+
+def table(runs: Sequence[Sequence[Row]]) -> list[str]:
+    """Its lines, in the order of the first folder that has them."""
+    each = [{same(row): row for row in rows} for rows in runs]
+    heads = ["claim", "statistic", "needed", "seeds", *(f"run {i + 1}" for i in range(len(runs)))]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for key in dict.fromkeys(key for rows in each for key in rows):
+        found = [rows.get(key) for rows in each]
+        cells = [*key, seeds([row for row in found if row]), *map(cell, found)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def main() -> None:
     """Print the table."""
     runs = [json.loads((Path(f) / "results.json").read_text()) for f in sys.argv[1:]]
-    heads = ["claim", "statistic", "needed", "seeds", *(f"run {i + 1}" for i in range(len(runs)))]
-    print("| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), sep="\n")
-    for same in zip(*runs, strict=True):
-        row = same[0]
-        name = f"`{row['id']}`" + (f" {row['part']}" if row["part"] else "")
-        seeds = str(row["seeds"]) if row["seeds"] else "exact"
-        cells = [name, row["statistic"], needed(row), seeds, *(cell(r) for r in same)]
-        print("| " + " | ".join(cells) + " |")
+    print("\n".join(table(runs)))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_going_on_takes_the_same_waves_and_then_what_is_new(
 
     labels.unlink()
     put(labels, *range(8))
-    go(Person(lambda: put(labels, *range(8, 14))), max_steps=3)  # in the middle of a wave
+    go(Person(lambda: put(labels, *range(8, 14))), max_steps=3, save_every=1)  # in mid-wave
     text = labels.read_text().splitlines(keepends=True)
     labels.write_text("".join(text[:3] + text[4:]))  # row 3 was taken back, and is trained on
     put(labels, *range(14, 18))
@@ -123,7 +123,8 @@ def test_a_wave_that_was_copied_and_not_trained_on_comes_again(
     whole = go(Person(lambda: put(labels, *range(8, 13))), method=method, save_every=1)
     kept = sorted((here / "out" / "checkpoints").iterdir())
     assert len(_lines(here)) == 2 and len(kept) == 2
-    for path in kept:  # killed in the first wave, before any of the second was trained on
+    # killed in the first wave, before any of the second was trained on
+    for path in (*kept, here / "out" / "model"):
         shutil.rmtree(path)
     labels.write_text("")  # the run has its own copy
     put(labels, 20)
@@ -164,7 +165,7 @@ def test_a_run_does_not_change_its_kind(here: Path, go: Callable[..., Run]) -> N
     put(here / "labels.jsonl", *range(8))
     go(max_steps=1, save_every=1)
     with pytest.raises(UserError, match="follow"):
-        train(_of(here) | {"output": "out", "resume": True, "max_steps": 3})
+        train(_of(here) | {"output": "out", "resume": True, "max_steps": 3, "follow": None})
     assert go(resume=True, follow=0.1).metrics[-1]["ended"] == "data"
 
 

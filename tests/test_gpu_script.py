@@ -54,7 +54,7 @@ def test_weights_are_those_of_a_model(name: str):
     ],
 )  # fmt: skip
 def test_useful_operations_of_a_step(case: int, name: str, tera: int):
-    """Against the plan's table for 64 pairs, which is rounded."""
+    """Against figures worked out by hand for 64 pairs, rounded."""
     found = gpu.step_operations(SHAPES[name], gpu.PAIRS[case]) / 1e12
     assert found == pytest.approx(tera, rel=0.02)
 
@@ -78,7 +78,7 @@ FLOORS = [
 
 @pytest.mark.parametrize(("case", "name", "milliseconds"), FLOORS)
 def test_floor_of_an_on_policy_step(case: str, name: str, milliseconds: tuple[int, ...]):
-    """Against the plan's table at the ceilings that it assumes."""
+    """Against figures worked out by hand at the ceilings that they assume."""
     work = replace(gpu.FRESH[0], samples=1) if case == "HyPO" else gpu.FRESH[2]
     found = gpu.floor(SHAPES[name], work, H200)
     assert tuple(found) == ("prefill", "decode", "score", "train")

@@ -11,6 +11,7 @@ import pytest
 from fake_judge import Judge, between, longer_wins
 from preftune import rewards
 from preftune.errors import UserError
+from preftune.judge_server import key_for
 from preftune.judging import check, compare, connect, score, winner
 from preftune.rewards import Judged
 
@@ -192,11 +193,15 @@ def test_a_server_without_a_list_of_models_needs_a_name(judge: Judge) -> None:
 
 def test_the_key_comes_from_the_environment(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     judge.server().ask("x")
-    monkeypatch.setenv("OPENAI_API_KEY", "second")
+    monkeypatch.setenv("OPENAI_API_KEY", "of OpenAI alone")
     judge.server().ask("x")
+    assert key_for("https://api.openai.com/v1") == "of OpenAI alone"
+    for other in ("https://api.openai.com.example.org/v1", "http://127.0.0.1:1/api.openai.com"):
+        assert key_for(other) is None
     monkeypatch.setenv("PREFTUNE_JUDGE_KEY", "first")
     judge.server().ask("x")
-    assert judge.keys == [None, "Bearer second", "Bearer first"]
+    assert key_for("https://api.openai.com/v1") == "first"
+    assert judge.keys == [None, None, "Bearer first"]
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,22 @@ def test_rounds_passes_and_staleness():
     assert updates_per_epoch(row, 6, 2) == 6
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_an_epoch_is_as_many_updates_as_the_loop_takes(batch_size):
+    """Each row behind its controls is two prompts, which are not parted: at batch_size 1 six rows
+    are twelve updates."""
+    row = methods.get("binary_reward_conditioning")
+    world = tables.make_world("binary_reward_conditioning", batch_size=batch_size)
+    (group,), updates = group_terms(row), 0
+    while group.cursor.epoch == 0 or not group.round.spent:
+        if group.round is None or group.round.spent:
+            refill(group, world, 0)
+        next_minibatch(group)
+        updates += 1
+    assert updates_per_epoch(row, 6, batch_size) == updates
+    assert updates == {1: 12, 2: 6, 3: 6, 4: 3}[batch_size]
+
+
 def test_offline_epochs_take_every_row_once_and_end_short():
     world = make_world(batch_size=4)
     (group,) = group_terms(methods.get("dpo"))

@@ -372,7 +372,7 @@ def test_the_reward_of_a_saved_folder_agrees(
     reward.save(tmp_path / "saved", huggingface.load_tokenizer(tiny_model))
     model, _ = huggingface.load_classifier(str(tmp_path / "saved"), torch.float32)
     rows = rows_of(s)
-    classifier = Classifier("saved", model, lambda prompt, _: rows[prompt])
+    classifier = Classifier("saved", model, lambda prompt, *_: rows[prompt])
     numbers: list[Any] = list(range(len(rows)))
     judged = Judged(prompts=numbers, completions=[""] * len(rows), tokens=[1] * len(rows))
     given = torch.tensor(classifier(judged))

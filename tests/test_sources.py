@@ -1,7 +1,7 @@
 """Where responses come from: views of the data, pools, kept samples, references that move."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,6 +20,17 @@ from preftune.terms import Term
 from tables import STATES, Table, make_world, row_of, scored
 
 CHOSEN = Offline(take="chosen")
+
+
+@dataclass(frozen=True)
+class Repeated(Table):
+    """Rows of which several have one prompt, in each run others."""
+
+    prompts: tuple = ()
+
+    def prompts_only(self, index):
+        prompt = torch.tensor(self.prompts)[..., index].unsqueeze(-1)
+        return prompt, torch.ones_like(prompt, dtype=torch.bool)
 
 
 def context(world: World, **more) -> Context:
@@ -170,6 +181,53 @@ def test_a_mismatched_response_is_the_next_rows_first():
     lone = Offline(take="mismatched", responses=1).collect(context(make_world(table=labels)), 3)
     assert arms(lone) == [[(4, 3, 2)[s], (3, 2, 4)[s]] for s in lone.row.tolist()]
     assert lone.extra["label"].tolist() == [(0.0, 1.0, 0.0)[s] for s in lone.row.tolist()]
+
+
+def test_a_mismatched_response_is_of_another_prompt():
+    """Prompts 0 0 0 1 1 2: behind row 0 comes row 3. Of the last rows it is the first again."""
+    prompts = (0, 0, 0, 1, 1, 2)
+    table = Repeated(rows=tuple((arm, arm) for arm in range(6)), prompts=prompts)
+    world = make_world(table=table, shape=(3, 6))
+    found = Offline(take="mismatched").collect(context(world), 6)
+    by_row = dict(zip(found.row.tolist(), (a[-1] for a in arms(found)), strict=True))
+    assert by_row == {0: 3, 1: 3, 2: 3, 3: 5, 4: 5, 5: 0}
+
+
+def test_a_mismatched_response_of_one_prompt_alone_is_the_next():
+    table = Repeated(rows=tuple((arm, arm) for arm in range(40)), prompts=(0,) * 40)
+    found = Offline(take="mismatched").collect(context(make_world(table=table, shape=(1, 40))), 40)
+    assert all(a[-1] == (a[0] + 1) % 40 for a in arms(found))
+    blocks = Repeated(rows=table.rows, prompts=(0,) * 13 + tuple(range(1, 28)))
+    found = Offline(take="mismatched").collect(
+        context(make_world(table=blocks, shape=(28, 40))), 40
+    )
+    assert all(a[-1] >= 13 for a in arms(found) if a[0] < 13)  # far behind a long block too
+
+
+def test_each_run_of_a_study_looks_for_its_own_mismatched_response():
+    """Rows have other prompts in each run: what it is given is what it is given alone."""
+    each = ((0, 0, 0, 1), (0, 1, 2, 3), (0, 0, 1, 1))
+    rows = tuple((arm, arm) for arm in range(4))
+    source = Offline(take="mismatched")
+    together = Repeated(rows=rows, runs=(3,), prompts=each)
+    found = source.collect(context(make_world(table=together, shape=(4, 4))), 4)
+    for r, prompts in enumerate(each):
+        alone = Repeated(rows=rows, prompts=prompts)
+        own = source.collect(context(make_world(table=alone, shape=(4, 4))), 4)
+        assert torch.equal(found.tokens[r], own.tokens)
+
+
+def test_a_mismatched_response_is_known_behind_its_own_prompt_alone():
+    """Log-probs that the data bring do not carry over to another prompt."""
+
+    class Known(Table):
+        def samples(self, index, *, responses=None):
+            out = super().samples(index, responses=responses)
+            return replace(out, ref_logp=torch.full(out.tokens.shape, -3.0, dtype=torch.float64))
+
+    assert (
+        Offline(take="mismatched").collect(context(make_world(table=Known())), 3).ref_logp is None
+    )
 
 
 # --- pools

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import tables
@@ -23,6 +24,7 @@ from preftune.problems.arms import Arms, States
 from preftune.problems.unseen import Unseen
 from preftune.problems.words import Words
 from preftune.reproduce import rows
+from preftune.runs import LOCK, RunFolder
 from preftune.study import CellsFailed, Study, curves
 from preftune.terms import Times
 
@@ -119,6 +121,18 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch: pytest.MonkeyPa
     fresh.run([(cell, SEEDS)])
     a, b = again.curves(cell, SEEDS), fresh.curves(cell, SEEDS)
     assert torch.equal(a.figures["reward"], b.figures["reward"])
+    assert Study(tmp_path).missing(cell, SEEDS) == [], "what followed the torn line is kept, too"
+
+
+def test_a_folder_has_one_study_at_a_time(tmp_path: Path) -> None:
+    cell, other = CELLS["arms rwr"], FileLock(tmp_path / LOCK)
+    study = Study(tmp_path, workers=0)
+    with other, pytest.raises(UserError, match="another run is writing there"):
+        study.run([(cell, SEEDS[:1])])
+    assert study.missing(cell, SEEDS[:1]) == [SEEDS[0]]
+    with RunFolder.held(tmp_path):
+        study.run([(cell, SEEDS[:1])])
+    assert not RunFolder.is_busy(tmp_path) and study.missing(cell, SEEDS[:1]) == []
 
 
 def test_cells_have_names_of_their_own() -> None:

@@ -202,6 +202,33 @@ def test_a_failed_check_is_told_by_the_exit_status(begun: Path, tmp_path: Path):
     assert study_gpu.main(call(tmp_path, "table")) == 1
 
 
+def test_a_failed_start_is_one_piece_s_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    device = study_gpu.Check("of the device", 0.0, 1.0)
+    starts = [study_gpu.Check("KL at step 0", found, 0.5) for found in (1.0, 0.0)]
+
+    def train(*_: Any) -> dict[str, Any]:
+        point = {"gold": -1.0, "proxy": 0.0, "kl": 0.0, "length": 1.0}
+        return {
+            "curve": [{"step": 0} | point, {"step": 2} | point], "diverged": "",
+            "seconds": {"total": 0.0, "evaluate": 0.0}, "tokens_per_second": {},
+            "checks": [starts.pop(0)],
+        }  # fmt: skip
+
+    monkeypatch.setattr(study_gpu, "train", train)
+    monkeypatch.setattr(study_gpu, "checks", lambda ground: [device])
+    facts = {"reference": "a", "prompts": "a"}
+    monkeypatch.setattr(study_ground.Ground, "facts", lambda ground: dict(facts))
+    arguments = ["--problems", "min", "--methods", "dpo", "--seeds", "0", "--rates", "1e-2,2e-2"]
+    assert study_gpu.main(call(tmp_path, "all", *arguments)) == 1, "it is told all the same"
+    assert "FAILED check: KL at step 0" in capsys.readouterr().out
+    found = pieces(tmp_path)
+    first, second = (found[f"min-dpo-rate{rate}-seed0"]["checks"] for rate in (0.01, 0.02))
+    assert [c["holds"] for c in first] == [True, False]
+    assert [c["holds"] for c in second] == [True, True]
+
+
 def test_a_model_from_a_folder(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Its own tokenizer and template, prompts that come with the package."""
     given = [*SMALL, "--model", tiny_model, "--layout", "padded", "--reward", "true"]
@@ -231,6 +258,60 @@ def test_lengths_of_the_texts_are_by_their_law():
     last = texts.tokens[texts.mask].view(-1)
     assert (last == study_parts.END).sum() == 8000 and int(texts.tokens.max()) < 64
     assert bool((texts.tokens[:, 0, 0] >= study_parts.FIRST).all())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_prompt_is_both_trained_on_and_held_out(seed: int, tmp_path: Path):
+    study = study_parts.Study()
+    ground = study_ground.Ground(
+        study=study, seed=seed, problem="min", folder=tmp_path, device=torch.device("cpu")
+    )
+    prompt, mask = ground.prompts()
+    rows = {tuple(p[m].tolist()) for p, m in zip(prompt, mask, strict=True)}
+    assert len(rows) == len(prompt) == study.pairs + study.held_out
+    before, told = study_parts.prompts_of(study, seed, "pairs", 40)
+    first = [p[m].tolist() for p, m in zip(before, told, strict=True)]
+    assert prompt[0][mask[0]].tolist() == first[0], "the same draws, less the repetitions"
+
+
+def test_a_language_with_too_few_prompts_says_so():
+    study = study_parts.Study(vocabulary=18)  # a word a topic: 16 x 6 prompts
+    prompt, _ = study_parts.distinct_prompts(study, 0, "pairs", 96)
+    assert len(prompt.unique(dim=0)) == 96
+    with pytest.raises(ValueError, match="has 96 prompts, not the 97"):
+        study_parts.distinct_prompts(study, 0, "pairs", 97)
+
+
+def test_prompts_of_a_file_count_once(tiny_model: str, tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {i % 6}"}) + "\n" for i in range(30)))
+    study = study_parts.Study(model=tiny_model, prompts=str(path), held_out=3, pairs=10)
+    ground = study_ground.Ground(
+        study=study, seed=0, problem="min", folder=tmp_path, device=torch.device("cpu")
+    )
+    prompt, _ = ground.prompts()
+    assert len(prompt) == len(prompt.unique(dim=0)) == 6
+    few = study_parts.Study(model=tiny_model, prompts=str(path), held_out=4)
+    with pytest.raises(ValueError, match="6 prompts are too few"):
+        study_ground.file_prompts(few, ground.model, ground.tokenizer)
+
+
+def test_a_reward_model_of_other_prompts_is_trained_anew(
+    begun: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its pairs may hold prompts that are held out now."""
+    study = study_parts.Study(**json.loads((begun / "study.json").read_text()))
+    folder, trained = begun / "seed-0" / "reward-min", list[Path]()
+    monkeypatch.setattr(
+        study_ground.Ground, "_train_reward", lambda ground, where: trained.append(where)
+    )
+    known = pieces(begun)["min-dpo-rate0.001-seed0"]["ground"]["prompts"]
+    for asked, anew in ((known, []), ("others", [folder])):
+        monkeypatch.setattr(study_ground.Ground, "asked", asked)
+        ground = study_ground.Ground(
+            study=study, seed=0, problem="min", folder=begun, device=torch.device("cpu")
+        )
+        assert ground.proxy and trained == anew
 
 
 def _rows(*lengths: tuple[int, int]) -> study_parts.Rows:
@@ -299,6 +380,37 @@ def test_rates_are_chosen_by_the_other_seeds():
     assert {s: p["rate"] for s, p in study_table.chosen(found).items()} == {0: 1.0, 1: 1.0, 2: 1.0}
 
 
+def test_rates_are_chosen_by_seeds_that_all_of_them_have():
+    """Seed 1 is hard: rate 1, alone there, is not the worse for it. Seeds differ in their starts,
+    too: gains count."""
+    gold = {(0, 1.0): -5, (1, 1.0): -9, (2, 1.0): -4, (0, 2.0): -6, (2, 2.0): -5}
+    found = [piece("dpo", s, r, float(g)) for (s, r), g in gold.items()]
+    assert study_table.judges(found, 0) == [2] and study_table.judges(found, 2) == [0]
+    assert [p["rate"] for p in study_table.chosen(found).values()] == [1.0] * 3
+    alone = [piece("dpo", 0, 1.0, -5.0), piece("dpo", 1, 1.0, -3.0), piece("dpo", 0, 2.0, -4.0)]
+    assert study_table.judges(alone, 0) == [0], "rate 2 has no other seed: not even rate 1 does"
+    assert study_table.chosen(alone)[0]["rate"] == 2.0
+    line = study_table.method_line(alone, "dpo", "CPU")["problems"]["min"]
+    assert line["chosen_on_itself"] == [0]
+    harder = [piece("dpo", s, r, float(g)) for s, r, g in ((0, 1, -5), (1, 1, -8), (1, 2, -9))]
+    harder += [piece("dpo", 0, 2.0, -6.0), piece("dpo", 2, 1.0, -8.0), piece("dpo", 2, 2.0, -7.0)]
+    harder[1]["curve"][0]["gold"] = -12.0  # seed 1 gains 4 at rate 1, 1 at rate 2
+    assert study_table.chosen(harder)[0]["rate"] == 1.0
+
+
+def test_seeds_without_a_frontier_are_counted():
+    """Seed 1's DPO never beats its start, seed 2 has no HyPO."""
+    found = [piece("dpo", s, 1.0, g, kl=2.0) for s, g in enumerate((-6.0, -10.0, -6.0))]
+    found += [piece("hypo", s, 1.0, -6.0) for s in range(2)]
+    line = study_table.method_line(found, "hypo", "CPU")["problems"]["min"]
+    assert line["frontier_log_kl_over_dpo"]["value"] == pytest.approx(math.log(0.5))
+    assert line["frontier_seeds_dropped"] == [1, 2]
+    (note,) = (n for n in study_table.notes_of(found) if "frontier" in n)
+    assert note.startswith("min: the frontier of HyPO against DPO is without 2 seeds (1, 2)")
+    both = [p for p in found if p["seed"] == 0]
+    assert not any("frontier" in n for n in study_table.notes_of(both))
+
+
 def test_frontiers_by_hand():
     """Levels -9 ... -2 from -10 to -2 by 1: mine needs 1 nat up to -6 and 4 beyond; the other 2."""
     mine, other = [(1.0, -6.0), (4.0, -2.0)], [(2.0, -2.0), (9.0, -1.0)]
@@ -327,12 +439,22 @@ def test_pieces_of_two_references_are_said_to_be_unpaired(tmp_path: Path):
     (tmp_path / "pieces").mkdir()
     study = asdict(study_parts.Study())
     for i, made in enumerate((study, study, {**study, "steps": 3})):
-        own = piece("dpo", 0, 1.0 + i, -1.0, study=made, ground={"reference": str(i)})
+        ground = {"reference": str(i), "prompts": "a"}
+        own = piece("dpo", 0, 1.0 + i, -1.0, study=made, ground=ground)
         (tmp_path / "pieces" / f"{i}.json").write_text(json.dumps(own))
     found, notes = study_table.read(tmp_path, study)
     assert len(found) == 2 and len(notes) == 2
     assert "2.json was made with other settings" in notes[0]
     assert "seed 0 stand on 2 references" in notes[1]
+
+
+def test_pieces_whose_held_out_prompts_were_trained_on_say_so(tmp_path: Path):
+    (tmp_path / "pieces").mkdir()
+    study = asdict(study_parts.Study())
+    own = piece("dpo", 0, 1.0, -1.0, study=study, ground={"reference": "a"})
+    (tmp_path / "pieces" / "0.json").write_text(json.dumps(own))
+    _, (note,) = study_table.read(tmp_path, study)
+    assert "seed 0" in note and "held out were trained on" in note
 
 
 def test_jobs_and_their_files():

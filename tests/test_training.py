@@ -46,8 +46,8 @@ def timeless(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-class Stop(Exception):
-    """Ends a run from a callback, as a crash would."""
+class Stop(BaseException):
+    """Ends a run from a callback, as being killed would: nothing is saved."""
 
 
 def stop_at(step: int):

@@ -325,7 +325,7 @@ def check_quantize(quantize: str | None, device: str) -> None:
     if not torch.cuda.is_available() or device.split(":")[0] not in ("auto", "cuda"):
         lacks.append("a CUDA device")
     if util.find_spec("bitsandbytes") is None:
-        lacks.append("the package bitsandbytes (pip install 'preftune[bitsandbytes]')")
+        lacks.append("the package bitsandbytes (pip install bitsandbytes)")
     if lacks:
         raise UserError(
             f"adapter.quantize: {quantize} needs {' and '.join(lacks)}. "

@@ -1,6 +1,7 @@
 """From settings to what is trained: the row, the model and its device, the reference."""
 
 import copy
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -191,7 +192,28 @@ def as_rendered(tokenizer: Any, renderer: Renderer | None) -> Any:
     """The tokenizer with the chat template that a run rendered by, where that is a file's: whoever
     loads the model, as a reward or to go on, renders as it was trained."""
     text = None if renderer is None else renderer.template_text
-    if not isinstance(text, str) or text == tokenizer.chat_template:
+    return _templated(tokenizer, text) if isinstance(text, str) else tokenizer
+
+
+def as_scored(tokenizer: Any, renderer: Renderer | None) -> Any:
+    """The same of a reward model, which reads nothing but what others said: without a template
+    where text was taken as it is, and with the system prompt in it."""
+    if renderer is None:
+        return tokenizer
+    text, told = renderer.template_text, renderer.system_prompt
+    if text is not None and told is not None:
+        own = text if isinstance(text, str) else tokenizer.get_chat_template()
+        turn = "[{'role': 'system', 'content': " + json.dumps(told, ensure_ascii=False) + "}]"
+        text = (
+            "{% if messages and messages[0]['role'] not in ['system', 'developer'] %}"
+            "{% set messages = " + turn + " + messages %}{% endif %}" + own
+        )
+    return _templated(tokenizer, text)
+
+
+def _templated(tokenizer: Any, text: Any) -> Any:
+    """The tokenizer with that chat template; the one that is given stays as it is."""
+    if text == tokenizer.chat_template:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = text

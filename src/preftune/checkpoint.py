@@ -38,6 +38,8 @@ _OTHERS = (
 )  # fmt: skip
 """Errors of reading what is not ours."""
 _TENSORS, _PLAIN = "state.safetensors", "state.json"
+ROWS = ("data", "prompts", "eval_data")
+"""Of a run's identity what is no weights, by the settings that name it."""
 
 
 def save(run: State, folder: Path) -> Path:
@@ -174,11 +176,18 @@ def load_weights(policy: Trainable, path: Path) -> None:
 def _check(run: State, path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     """Compare with the run before anything of it is changed."""
     for part, now in run.identity.items():
-        if plain["identity"].get(part, now) != now:
+        if plain["identity"].get(part, now) == now:  # earlier versions knew of weights alone
+            continue
+        if part in ROWS:
             raise UserError(
-                f"checkpoint '{path}': the weights of the {part} are not those that the run began "
-                "with. Give the model it was started with, or start a new run."
+                f"checkpoint '{path}': the rows of {part} are not those that the run began with: "
+                "some of the old and the new would be trained on and evaluated on at once. Restore "
+                "them, or start a new run (with --follow one takes rows as they are added)."
             )
+        raise UserError(
+            f"checkpoint '{path}': the weights of the {part} are not those that the run began "
+            "with. Give the model it was started with, or start a new run."
+        )
     for name, tensor in _changing(run):
         held = tensors.get(name)
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:

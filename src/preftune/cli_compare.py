@@ -3,18 +3,19 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from preftune.cli_train import JSON, assigned, print_json
+from preftune.comparing.job import OF_MACHINE
 from preftune.errors import UserError
 from preftune.huggingface import DEFAULT_MODEL
 from preftune.runs import RunFolder, unnamed
 
 BUDGETS = ("budget", "budget_per_run", "steps", "samples")
 DEFAULT_BUDGET = "10m"
-OF_MACHINE = ("threads", "device")
-"""Settings that may differ from one machine to another."""
+DEFAULT_SEEDS = 3
 _TEXT = (
     "Train several methods at the same budget with several seeds, each at a learning rate chosen "
     "on held-out prompts, and say which one is better and by how much."
@@ -79,7 +80,7 @@ def _flags() -> list[Any]:
         ("budget_per_run", str | None, None, "wall time of each run"),
         ("steps", int | None, None, "updates of each run"),
         ("samples", int | None, None, "responses that each run trains on"),
-        ("seeds", int, 3, "training seeds a method"),
+        ("seeds", int | None, None, f"training seeds a method (default: {DEFAULT_SEEDS})"),
         ("rates", str | None, None, rates),
         ("workers", int | None, None, "processes; 0: this one alone (default: one a GPU, or one a "
          "core as far as memory goes)"),
@@ -99,41 +100,100 @@ def _request(given: dict[str, Any], own: Mapping[str, Any], folder: Path, resume
     if not (resume and (folder / "config.yaml").is_file()):
         return _asked(given, own)
     asked = request_of(RunFolder(folder).read_config(), folder)
-    changed = [k for k, v in given.items() if k not in OF_MACHINE and asked.settings.get(k) != v]
-    if changed and not (own["methods"] or own["config"]):
+    common, per_method, overrides = _given(given, own)
+    here = {k: common.pop(k) for k in OF_MACHINE if k in common}
+    differs = [
+        *_other_settings(asked, common), *_other_methods(asked, own, per_method, overrides),
+        *_other_size(asked, own),
+    ]  # fmt: skip
+    if differs:
         raise UserError(
-            f"resume '{folder}': {', '.join(changed)} differs from what it was begun with. Leave "
-            "it out, or give another folder."
+            f"resume '{folder}': {', '.join(differs)} differ{'s' * (len(differs) == 1)} from what "
+            "it was begun with. Leave it out, or give another folder."
         )
-    if own["methods"] or own["config"]:
-        mine, kept = _asked(given, own).plain(), asked.plain()
-        differs = sorted(k for k in kept if mine[k] != kept[k])
-        if differs:
-            raise UserError(
-                f"resume '{folder}': {', '.join(differs)} differ from those that it was begun "
-                "with. Leave them out, or give another folder."
-            )
-    return asked
+    return replace(asked, settings={**asked.settings, **here})
+
+
+def _given(
+    given: Mapping[str, Any], own: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
+    """Settings of all, those of each method in the file, and what --set changes besides."""
+    from preftune.comparing.entries import SHARED
+
+    common, per_method = _file(own["config"])
+    overrides = dict(map(assigned, own["set"]))
+    common |= {**given, **{k: overrides.pop(k) for k in SHARED if k in overrides}}
+    return common, per_method, overrides
+
+
+def _other_settings(asked: Any, common: dict[str, Any]) -> list[str]:
+    """Of the settings of all, those that are not what they were."""
+    from preftune import config as configs
+
+    if asked.notes:  # it was begun with a gold reward alone
+        _one_reward(common)
+    before, now = (configs.load({**asked.settings, **more}) for more in ({}, common))
+    return [k for k in common if getattr(before, k) != getattr(now, k)]
+
+
+def _other_methods(
+    asked: Any, own: Mapping[str, Any], per_method: Mapping[str, Mapping[str, Any]],
+    overrides: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
+    """Whether the methods, or settings of one, are not what they were."""
+    from preftune.comparing import entries
+
+    before = {e.name: e for e in asked.entries}
+    names = _names(own) or list(per_method) or list(before)
+    if set(names) != set(before):
+        return ["methods"]
+    if not (per_method or overrides):
+        return []
+    values = {n: {**e.settings, **per_method.get(n, {})} for n, e in before.items()}
+    now = entries.make(list(before), asked.settings, values, overrides)
+    changed = [
+        e.name for e in now
+        if e.settings != before[e.name].settings
+        or {**before[e.name].overrides, **e.overrides} != before[e.name].overrides
+    ]  # fmt: skip
+    return [f"settings of {name}" for name in changed]
+
+
+def _other_size(asked: Any, own: Mapping[str, Any]) -> list[str]:
+    """Which of budget, seeds, rates, and whether models are kept, are not what they were."""
+    now: dict[str, Any] = {}
+    if any(own[name] is not None for name in BUDGETS):
+        now |= dict.fromkeys(("budget", "per_run", "steps", "samples")) | _budget(own)
+    if own["seeds"] is not None:
+        now["seeds"] = own["seeds"]
+    if own["rates"] is not None:
+        now["rates"] = _rates(own["rates"])
+    if own["keep_models"]:
+        now["keep_models"] = True
+    flags = {"per_run": "budget_per_run"}
+    return [flags.get(k, k) for k, v in now.items() if getattr(asked, k) != v]
+
+
+def _names(own: Mapping[str, Any]) -> list[str]:
+    return [n.strip() for n in (own["methods"] or "").split(",") if n.strip()]
 
 
 def _asked(given: dict[str, Any], own: Mapping[str, Any]) -> Any:
     from preftune.comparing import entries, plan
     from preftune.comparing.request import Request
 
-    common, per_method = _file(own["config"])
-    common |= given
-    overrides = dict(map(assigned, own["set"]))
+    common, per_method, overrides = _given(given, own)
     notes = _one_reward(common)
     _check(common)
-    names = [n.strip() for n in (own["methods"] or "").split(",") if n.strip()]
-    found = entries.make(names, common, per_method, overrides)
-    if own["seeds"] < plan.LEAST_SEEDS:
+    found = entries.make(_names(own), common, per_method, overrides)
+    seeds = DEFAULT_SEEDS if own["seeds"] is None else own["seeds"]
+    if seeds < plan.LEAST_SEEDS:
         raise UserError(
-            f"--seeds: is {own['seeds']}. Give {plan.LEAST_SEEDS} or more: one seed cannot tell a "
-            "method from luck."
+            f"--seeds: is {seeds}. Give {plan.LEAST_SEEDS} or more: one seed cannot tell a method "
+            "from luck."
         )
     return Request(
-        entries=found, settings=common, seeds=own["seeds"], rates=_rates(own["rates"]),
+        entries=found, settings=common, seeds=seeds, rates=_rates(own["rates"]),
         keep_models=own["keep_models"], notes=notes, **_budget(own),
     )  # fmt: skip
 
@@ -262,6 +322,8 @@ def _cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _code(found: Mapping[str, Any]) -> int:
     """0 where something is compared; otherwise 3 where guards stopped the runs, else 1."""
+    from preftune.comparing.running import STOPPED
+
     if sum(bool(m["figures"]) for m in found["methods"]) > 1:
         return 0
-    return 3 if any("guard" in row["what"] for row in found["failed"]) else 1
+    return 3 if any(row.get("why") == STOPPED for row in found["failed"]) else 1

@@ -17,6 +17,7 @@ PROBE = (
 def diagnose(args: Sequence[str]) -> int:
     """Measure, print the verdict and the figures, write diagnosis.json and diagnosis.html."""
     from preftune import config, flags, inspecting
+    from preftune.diagnosis import cost
     from preftune.progress import Progress, stderr, working
     from preftune.runs import unnamed
 
@@ -34,7 +35,9 @@ def diagnose(args: Sequence[str]) -> int:
             JSON,
         ],
     )
-    if "output" not in given:
+    cost.check_prices(spend=own["spend"], label_price=own["label_price"])
+    named = "output" in given
+    if not named:
         given["output"] = str(unnamed("diagnose"))
     settings, console = config.load(given), stderr()
     output = Path(str(settings.output))
@@ -44,6 +47,8 @@ def diagnose(args: Sequence[str]) -> int:
     def say(message: str) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
+    if not named:
+        say(f"where it is cut off, the command with --output {output} goes on")
     with working(console, "loading"):
         from preftune.advising import verdict
         from preftune.diagnosis import job, page

@@ -141,7 +141,7 @@ workdir: .
 envs:
   TORCH_ELASTIC_SHUTDOWN_TIMEOUT: "{TO_SAVE}"
 setup: |
-  pip install preftune
+  pip install .  # where workdir is a clone of preftune; else name its wheel or its address
 run: |
   head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
   exec {line}

@@ -14,7 +14,7 @@ from preftune.huggingface import DEFAULT_MODEL
 _TRL_NAMES = {
     "model_name_or_path": "model", "dataset_name": "data", "output_dir": "output",
     "lr": "learning_rate", "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "micro_batch_tokens", "num_train_epochs": "epochs",
+    "gradient_accumulation_steps": "batch_size", "num_train_epochs": "epochs",
     "max_completion_length": "max_new_tokens", "num_generations": "samples_per_prompt",
     "num_iterations": "passes", "lr_scheduler_type": "lr_schedule", "logging_steps": "log_every",
     "eval_steps": "eval_every", "save_steps": "save_every", "train_dataset": "data",
@@ -86,7 +86,10 @@ class Config(Strict):
     )
     model: str = Field(DEFAULT_MODEL, description="a model folder, a Hub id, or smollm2-135m")
     reference: str | None = Field(
-        None, description="the reference policy; default: the model as it starts"
+        None,
+        description="the reference policy, a folder or Hub id; default: the model as it starts; of "
+        "evaluate: the reference or starting model that the run's config.yaml names, and for a "
+        "model of no run none (no KL, no win rate)",
     )
     data: str | None = Field(
         None, description="preferences: JSONL, JSON, Parquet, CSV (gz, xz) or a Hub id"
@@ -94,16 +97,23 @@ class Config(Strict):
     follow: float | None = Field(
         None,
         gt=0,
-        description="train on rows as they are appended to data, until none came for SECONDS",
+        description="train on rows as they are appended to data, until none came for so many "
+        "seconds",
     )
-    eval_data: str | None = Field(None, description="held-out rows; their prompts are evaluated on")
+    eval_data: str | None = Field(
+        None,
+        description="held-out rows, of which training evaluates the first 64 in file order (a "
+        "reward model: all pairs)",
+    )
     eval_fraction: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="share held out; default 0, or .05 with a reward and 200 rows or more",
+        description="share of data held out, whole prompts drawn by seed, where eval_data is not "
+        "given; training evaluates 64 of them at most; default 0, or .05 and at most 64 rows where "
+        "there is a reward and data have 200 rows or more",
     )
-    max_rows: int | None = Field(None, ge=1, description="take only so many rows of data")
+    max_rows: int | None = Field(None, ge=1, description="take only the first so many rows")
     prompts: str | None = Field(
         None, description="prompts to sample responses to; default: those of data"
     )
@@ -119,72 +129,136 @@ class Config(Strict):
     retention: str | None = Field(
         None, description="plain text (.txt, or JSONL with 'text') whose likelihood should last"
     )
-    reward_weights: list[float] | None = Field(None, description="one for each of several rewards")
+    reward_weights: list[float] | None = Field(
+        None, description="weights of several rewards in their sum, in order; default: 1 each"
+    )
     label_source: Literal["true", "rm_same", "rm_other", "judge", "human"] | None = Field(
-        None, description="who judged; by default told from the reward"
+        None,
+        description="who judged: the task itself (true), a reward model of the same data (rm_same) "
+        "or of others (rm_other), a judge, people (human); default: told from the reward",
     )
     output: str | None = Field(None, description="run folder; default runs/<method>-<UTC time>")
-    seed: int = Field(0, ge=0, description="of data order and sampling")
-    max_steps: int | None = Field(None, ge=1, description="updates; overrides epochs")
-    epochs: float = Field(1.0, gt=0, description="times through the data")
-    batch_size: int = Field(8, ge=1, description="items (pairs, responses, groups) an update")
+    seed: int = Field(0, ge=0, description="seed of data order and sampling")
+    max_steps: int | None = Field(
+        None, ge=1, description="updates of the whole run; overrides epochs"
+    )
+    epochs: float = Field(1.0, gt=0, description="times through the data (or prompts)")
+    batch_size: int = Field(8, ge=1, description="items (pairs, responses, groups) of an update")
     micro_batch_tokens: int | None = Field(
-        None, ge=1, description="tokens in one forward pass; default auto"
+        None,
+        ge=1,
+        description="tokens of one forward pass; default: as many as fit, on a CPU at most 2048",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="default: the row's, for an adapter ten times that"
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="after the warm-up"
+        "linear",
+        description="the learning rate after the warm-up: constant, or falling towards 0 at the "
+        "last step, linearly or as a cosine",
     )
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps")
-    warmup_steps: int | None = Field(None, ge=0, description="steps, in place of warmup_ratio")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's norm")
-    optimizer: Literal["adamw"] = Field("adamw", description="fused AdamW")
+    warmup_ratio: float = Field(
+        0.1, ge=0, le=1, description="share of the steps in which the learning rate rises from 0"
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="the same as a number of steps, in place of warmup_ratio"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW; 0: none")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="a gradient whose norm is larger is scaled down to this norm"
+    )
+    optimizer: Literal["adamw"] = Field("adamw", description="fused AdamW, the only one")
     adapter: Adapter | None = Field(
         None, description="train an adapter: lora, rslora or dora; more by --set adapter.rank=8"
     )
     reference_update: Literal["fixed", "round", "ema"] | None = Field(
-        None, description="the reference: as it starts, the policy of each round, a moving average"
+        None,
+        description="fixed: the reference stays as it starts; round: it becomes the policy at each "
+        "round (offline: each epoch); ema: a moving average that keeps .99 of itself an update",
     )
-    beta: float | None = Field(None, gt=0, description="KL strength of DPO; temperature of RWR")
-    tau: float | None = Field(None, gt=0, description="KL strength of IPO (TRL calls it beta)")
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="strength of the KL penalty in DPO and its kin, reward units a nat; in RWR the "
+        "temperature, in units of the reward",
+    )
+    tau: float | None = Field(
+        None, gt=0, description="strength of the KL penalty in IPO, 1/nats (TRL calls it beta)"
+    )
     weight: float | None = Field(
-        None, ge=0, description="of the row's last term; HyPO's lambda, default 0.05 beta"
+        None,
+        ge=0,
+        description="weight of the row's last term; in hypo this is lambda (default 0.05 x beta)",
     )
-    clip: float | None = Field(None, gt=0, description="of the ratio in clipped policy gradients")
+    clip: float | None = Field(
+        None,
+        gt=0,
+        description="ppo and grpo: ratios of policy now to policy at collection count within "
+        "1 - clip to 1 + clip; without unit",
+    )
     label_smoothing: float | None = Field(
-        None, ge=0, lt=0.5, description="share of labels taken to be wrong"
+        None, ge=0, lt=0.5, description="probability that a label of the data is wrong"
     )
-    kl: float | None = Field(None, ge=0, description="KL in the reward")
+    kl: float | None = Field(
+        None,
+        ge=0,
+        description="coefficient of the KL that is taken off a reward, reward units a nat",
+    )
     target_kl: float | None = Field(
-        None, gt=0, description="budget of reverse KL, nats: KL weights and coefficients follow it"
+        None,
+        gt=0,
+        description="budget of reverse KL, nats a response, that KL weights and coefficients are "
+        "moved to hold",
     )
     patience: int | None = Field(
-        None, ge=1, description="windows of 25 updates without a higher mean reward, then it ends"
+        None,
+        ge=1,
+        description="the run ends when the mean reward of fresh samples has not risen for so many "
+        "windows of 25 updates",
     )
-    max_weight: float | None = Field(None, gt=0, description="largest weight of RWR")
+    max_weight: float | None = Field(
+        None, gt=0, description="largest weight exp(reward / beta) of a response in RWR"
+    )
     baseline: Literal["none", "batch", "prompt", "leave_one_out", "running", "value"] | None = (
-        Field(None, description="what is taken off a reward before the gradient")
+        Field(
+            None,
+            description="what is taken off a reward to make an advantage: nothing; the mean of the "
+            "round's others (batch), of the prompt's samples (prompt), of the prompt's others "
+            "(leave_one_out) or of earlier rounds (running); the value head's estimate (value)",
+        )
     )
-    prompts_per_round: int | None = Field(None, ge=1, description="default: one update's worth")
-    samples_per_prompt: int | None = Field(None, ge=1, description="responses drawn to a prompt")
+    prompts_per_round: int | None = Field(
+        None,
+        ge=1,
+        description="prompts that a round of fresh samples answers; default: those of one update",
+    )
+    samples_per_prompt: int | None = Field(
+        None, ge=1, description="responses drawn to a prompt; default: the row's, of evaluate 1"
+    )
     passes: int | None = Field(
-        None, ge=1, description="times a round is gone through (sample reuse)"
+        None, ge=1, description="times that a round is trained on (sample reuse)"
     )
     unit: Literal["sequence", "token"] | None = Field(
-        None, description="what the loss is a mean over"
+        None,
+        description="what the loss is a mean over: items (sequence) or their response tokens "
+        "(token)",
     )
     max_length: int | None = Field(
-        None, ge=2, description="tokens of prompt and response; default: the context, at most 1024"
+        None,
+        ge=2,
+        description="most tokens of a prompt with its response; default: the model's context, at "
+        "most 1024",
     )
     max_new_tokens: int = Field(
         64, ge=1, description="tokens after which a sampled response is cut"
     )
-    temperature: float = Field(1.0, ge=0, description="of sampling")
-    top_p: float = Field(1.0, gt=0, le=1, description="of sampling")
-    top_k: int = Field(0, ge=0, description="of sampling; 0 is off")
+    temperature: float = Field(
+        1.0, ge=0, description="logits are divided by it before sampling; 0 is greedy"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample among the likeliest tokens of this joint probability"
+    )
+    top_k: int = Field(0, ge=0, description="sample among so many likeliest tokens; 0: all")
     sampler: str = Field(
         "local",
         description="who draws fresh responses: local (the model itself), vllm, or a server's URL",
@@ -192,12 +266,20 @@ class Config(Strict):
     max_staleness: int = Field(
         0, ge=0, description="updates by which the weights of sampler: vllm may be behind"
     )
-    min_new_tokens: int = Field(0, ge=0, description="tokens before a sampled response may end")
+    min_new_tokens: int = Field(
+        0, ge=0, description="least tokens of a sampled response, before which it may not end"
+    )
     stop: list[str] | None = Field(None, description="texts that end a sampled response")
     truncation: Literal["drop", "left", "right", "error"] = Field(
-        "drop", description="rows that are too long"
+        "drop",
+        description="rows longer than max_length: left out and counted (drop), cut in the prompt "
+        "(left) or in the response (right), or an error",
     )
-    template: str = Field("auto", description="auto, none, or a .jinja file")
+    template: str = Field(
+        "auto",
+        description="chat template: the tokenizer's, where it has one (auto), none (text as it "
+        "is), or a .jinja file",
+    )
     system_prompt: str | None = Field(None, description="put before conversations that have none")
     packing: bool | None = Field(
         None, description="rows one after another without padding; default: where it works"
@@ -217,12 +299,18 @@ class Config(Strict):
         description="keep the reference's log-probs of data on disk; default: where they are fixed",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto", description="compute; weights stay float32"
+        "auto",
+        description="type of computation, over float32 weights (float64: weights too); auto: "
+        "bfloat16 where the device is fast at it",
     )
-    device: str = Field("auto", description="auto, cpu, cuda, mps")
-    threads: int | None = Field(None, ge=1, description="of the processor; default: all")
+    device: str = Field(
+        "auto", description="cpu, cuda, mps, or auto: the first at hand of cuda, mps, cpu"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="threads on the processor; default: torch's own choice"
+    )
     bad_rows: float = Field(
-        0.05, ge=0, le=1, description="share of unusable rows above which to stop"
+        0.05, ge=0, le=1, description="share of unusable rows above which a command stops"
     )
     save_every: int | None = Field(
         None,
@@ -231,7 +319,8 @@ class Config(Strict):
     )
     best_by: str | None = Field(
         None,
-        description="keep the model whose evaluation has the highest NAME (-NAME: lowest)",
+        description="leave the model whose evaluation has the highest NAME (-NAME: lowest), a "
+        "figure of at most 64 held-out prompts",
     )
     max_skipped: int = Field(
         0,

@@ -1,8 +1,9 @@
 """A server that speaks OpenAI's chat completions, asked with patience and without surprises.
 
 Only the address given is contacted: redirects are refused, and where no model is named the server's
-first is taken. The key, if the server wants one, comes from PREFTUNE_JUDGE_KEY or OPENAI_API_KEY,
-never from a setting. A server that is gone is a user's error; one request that it refuses is not.
+first is taken. The key, if the server wants one, comes from PREFTUNE_JUDGE_KEY, never from a
+setting; OPENAI_API_KEY is for OpenAI's own address and is sent to no other. A server that is gone
+is a user's error; one request that it refuses is not.
 """
 
 import os
@@ -10,12 +11,20 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from preftune.asking import Again, Patience, Refused, address, once, patiently
 from preftune.errors import UserError
 from preftune.judge_answers import JudgeAnswers
 
-KEYS = ("PREFTUNE_JUDGE_KEY", "OPENAI_API_KEY")
+KEY = "PREFTUNE_JUDGE_KEY"
+OPENAI, OPENAI_KEY = "api.openai.com", "OPENAI_API_KEY"
+
+
+def key_for(url: str) -> str | None:
+    """The key of the environment that an address is given, or None."""
+    names = (KEY, OPENAI_KEY) if urlsplit(url).hostname == OPENAI else (KEY,)
+    return next((key for name in names if (key := os.environ.get(name))), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,7 @@ class Server:
 
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer's JSON (None where even the last is none), after as many tries as it takes."""
-        key = next((k for name in KEYS if (k := os.environ.get(name))), None)
+        key = key_for(self.url)
 
         def attempt(left: int) -> Any:
             found = once(self.url + path, body, timeout=self.timeout, key=key)
@@ -100,7 +109,7 @@ class Server:
         if error.status in (401, 403):
             return UserError(
                 f"judge '{self.url}': it wants another key ({error}). Put it into the "
-                f"environment as {KEYS[0]}."
+                f"environment as {KEY}."
             )
         if error.status == 404 or 300 <= error.status < 400:
             return UserError(
@@ -136,7 +145,7 @@ def connect(given: str, **patience: Any) -> Server:
     if parts.username or parts.password or parts.query:
         raise UserError(
             "judge: the address holds a key or a query, which would stand in config.yaml. Put the "
-            f"key into the environment as {KEYS[0]}."
+            f"key into the environment as {KEY}."
         )
     url = bare.rstrip("/").removesuffix("/chat/completions")
     return Server(url=url, model=model or None, **patience)

@@ -90,7 +90,9 @@ class State:
     pending: Metrics | None = None
     """Figures of the last update, while it is not evaluated and logged."""
     identity: dict[str, str] = field(default_factory=dict)
-    """Hashes of the weights that do not change, by whose they are."""
+    """Hashes of the weights that do not change, by whose they are, and of the rows."""
+    torn: bool = False
+    """What stands is of no step: an update failed in its middle, or other weights were taken."""
 
 
 def start(method: Method, world: World, settings: Settings) -> State:
@@ -163,36 +165,42 @@ def _times(spent: Recorder, taken: float) -> Metrics:
 def _update(run: State, settings: Settings, measure: bool) -> Metrics:
     """`update` without its times."""
     run.optimizer.zero_grad()
-    measure = measure or any(t.max_ratio is not None for g in run.groups for t in g.terms)
     undo = _remember(run.groups)
     try:
-        found = gradient(run.groups, run.world, run.version, measure=measure)
+        metrics, active = _planned(run, settings, measure)
     except Exception:  # a reward that fails, say: the run stands where it was before this update
         undo()
+        # but for a reference that moves at rounds, which may have moved
+        run.torn = run.method.reference_update == "round"
         raise
-    run.world = replace(run.world, micro_batch_tokens=found.micro_batch_tokens)
-    metrics: Metrics = found.measures.result() if measure else {}
-    metrics |= _so_far(run)
-    rate = learning_rate(settings, run.step)
-    metrics |= {"loss": None, "learning_rate": numbers(rate)}
-    if found.loss is not None:
+    run.torn = True  # until all of it is done
+    if active is not None:
         with phase("train"):
-            norm = run.optimizer.clip(settings.max_grad_norm)
-        metrics |= {"loss": _shown(found.loss, found.items), "grad_norm": _shown(norm, found.items)}
-        try:
-            sound = _sound(run, settings, found, norm)
-        except GuardStop:
-            undo()
-            raise
-        active = found.items & sound & ~run.stopped & ~found.measures.skipped()
-        with phase("train"):
-            run.optimizer.step(rate, active)
+            run.optimizer.step(learning_rate(settings, run.step), active)
         if bool(active.any()):
             run.version += not run.world.policy.batch_shape
             _follow(run)
     run.version += bool(run.world.policy.batch_shape)  # of a run, whatever the others do
     run.step += 1
+    run.torn = False
     return metrics
+
+
+def _planned(run: State, settings: Settings, measure: bool) -> tuple[Metrics, Tensor | None]:
+    """The gradient of an update, its metrics, and [*R] the runs that it moves; None: no loss."""
+    measure = measure or any(t.max_ratio is not None for g in run.groups for t in g.terms)
+    found = gradient(run.groups, run.world, run.version, measure=measure)
+    run.world = replace(run.world, micro_batch_tokens=found.micro_batch_tokens)
+    metrics: Metrics = found.measures.result() if measure else {}
+    metrics |= _so_far(run)
+    metrics |= {"loss": None, "learning_rate": numbers(learning_rate(settings, run.step))}
+    if found.loss is None:
+        return metrics, None
+    with phase("train"):
+        norm = run.optimizer.clip(settings.max_grad_norm)
+    metrics |= {"loss": _shown(found.loss, found.items), "grad_norm": _shown(norm, found.items)}
+    sound = _sound(run, settings, found, norm)
+    return metrics, found.items & sound & ~run.stopped & ~found.measures.skipped()
 
 
 def _remember(groups: Iterable[Group]) -> Callable[[], None]:

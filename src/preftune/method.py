@@ -4,17 +4,20 @@ The axes of arXiv 2404.14367 are computed from a row, never stored beside it.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from preftune import objectives as o
+from preftune.collecting import Source
 from preftune.errors import UserError
+from preftune.labellers import Member
+from preftune.samples import DATA
 from preftune.sampling.decoding import Decoding
-from preftune.sources import Pool
-from preftune.terms import Term, Times
+from preftune.sources import Pool, origins
+from preftune.terms import Term, Times, prompts_per_update, together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,12 @@ def configure(method: Method, settings: Mapping[str, Any]) -> Method:
         if name in ("target_kl", "reference_update", "patience"):
             method = replace(method, **{name: value})
             continue
+        known = [x for t in method.terms for x in _choices(t, name)]
+        if known and value not in known:
+            raise UserError(
+                f"{name}: the method '{method.name}' has no {value!r}. Give "
+                f"{' or '.join(dict.fromkeys(known))}."
+            )
         terms = tuple(_with_setting(t, name, value) for t in method.terms)
         if name == "weight":
             terms = (*method.terms[:-1], replace(method.terms[-1], weight=value))
@@ -160,7 +169,13 @@ def configure(method: Method, settings: Mapping[str, Any]) -> Method:
                 f"'{name}' has no use in the method '{method.name}'.{hint} Leave it out."
             )
         if name == "baseline" and value != "value":  # nothing is left for a value head to learn
-            terms = tuple(t for t in terms if "target" not in t.parameters) or terms
+            kept = tuple(t for t in terms if "target" not in t.parameters) or terms
+            if "weight" in settings and kept[-1] is not terms[-1]:
+                raise UserError(
+                    f"weight: is that of {terms[-1].objective.__name__}, which baseline: {value} "
+                    "leaves out. Leave it out too."
+                )
+            terms = kept
         method = replace(method, terms=terms)
     return method
 
@@ -185,30 +200,8 @@ def check(method: Method, decoding: Decoding, batch_size: int) -> None:
     Raises:
         UserError: the setting and the cure.
     """
-    for term in method.terms:
-        source = term.source
-        if source.num_responses < term.labeller.least:
-            raise UserError(
-                f"samples_per_prompt: {source.num_responses} is too few for "
-                f"{type(term.labeller).__name__}, which compares responses. "
-                f"Give {term.labeller.least} or more."
-            )
-        items = term.labeller.items(source.num_responses)
-        update = max(1, int(batch_size * term.share) // items)
-        if source.prompts_per_round is not None and source.prompts_per_round < update:
-            raise UserError(
-                f"prompts_per_round: {source.prompts_per_round} is less than the {update} prompts "
-                f"of one update (batch_size {batch_size}). Lower batch_size "
-                "or raise prompts_per_round."
-            )
-        if term.penalises_kl:
-            _check_fresh(term, update, decoding)
-        if "logp_old" in term.parameters and not source.on_policy:
-            raise UserError(
-                f"{term.objective.__name__} weighs samples by policy now / policy that drew them, "
-                "and data do not say what drew them. Use the source on_policy, or an objective "
-                "without a ratio (weighted_nll, dpo)."
-            )
+    for places in together(method.terms):
+        _check_group([method.terms[i] for i in places], decoding, batch_size)
     if method.reference_update != "fixed" and "ref_logp" not in method.needs:
         raise UserError(
             f"reference_update: the method '{method.name}' has no use for a reference. "
@@ -226,26 +219,92 @@ def _judges_fresh(method: Method) -> bool:
     return any(t.source.on_policy and "reward" in t.needs for t in method.terms)
 
 
-def _check_fresh(term: Term, update: int, decoding: Decoding) -> None:
-    """A KL's gradient is that of the policy that drew the samples, and of no other."""
-    source, name = term.source, term.objective.__name__
+def _check_group(terms: Sequence[Term], decoding: Decoding, batch_size: int) -> None:
+    """Refuse terms on the same samples that these cannot serve."""
+    source = terms[0].source
+    _check_responses(terms)
+    update = prompts_per_update(terms, batch_size, source.num_responses)
+    if source.prompts_per_round is not None and source.prompts_per_round < update:
+        raise UserError(
+            f"prompts_per_round: {source.prompts_per_round} is less than the {update} prompts "
+            f"of one update (batch_size {batch_size}). Lower batch_size "
+            "or raise prompts_per_round."
+        )
     stale = source.passes > 1 or (source.prompts_per_round or update) > update
-    if not source.on_policy or (term.objective is o.reverse_kl and stale):
-        raise UserError(
-            f"{name} needs fresh samples: an on_policy source with passes: 1 and rounds of one "
-            "update. For reused samples put the KL into the reward (kl), or give the term a source "
-            "of its own."
-        )
-    if term.settings.get("estimator") == "k1":
-        raise UserError(
-            f"{name}: the estimator k1 has gradient zero in the mean. Use k2, whose gradient is "
-            "that of the KL, or reverse_kl."
-        )
+    for term in terms:
+        name, of_policy = term.objective.__name__, min(term.origins) >= 0
+        ratio = "logp_old" in term.parameters
+        if term.penalises_kl and (not of_policy or (term.objective is o.reverse_kl and stale)):
+            raise UserError(
+                f"{name} needs fresh samples: an on_policy source with passes: 1 and rounds of one "
+                "update, and no others. For reused samples put the KL into the reward (kl), or "
+                "give the term a source of its own."
+            )
+        if term.penalises_kl and term.settings.get("estimator") == "k1":
+            raise UserError(
+                f"{name}: the estimator k1 has gradient zero in the mean. Use k2, whose gradient "
+                "is that of the KL, or reverse_kl."
+            )
+        if ratio and not of_policy:
+            raise UserError(
+                f"{name} weighs samples by policy now / policy that drew them, and data (or the "
+                "reference's samples) do not say what drew them. Use the source on_policy, or an "
+                "objective without a ratio (weighted_nll, dpo)."
+            )
+        if term.penalises_kl or ratio:
+            _check_unmodified(name, decoding)
+        elif source.on_policy and _is_on(getattr(term.labeller, "kl", 0.0)):
+            _check_unmodified("kl: the KL in the reward", decoding)
+
+
+def _is_on(strength: float | tuple[float, ...]) -> bool:
+    return any(strength) if isinstance(strength, tuple) else bool(strength)
+
+
+def _check_unmodified(what: str, decoding: Decoding) -> None:
+    """Log-probs are the policy's own, so what is told of it by its samples needs them as it draws
+    them."""
     if not decoding.unmodified:
         raise UserError(
-            f"{name} needs samples of the policy itself: temperature 1, top_p 1, top_k 0, "
+            f"{what} needs samples of the policy itself: temperature 1, top_p 1, top_k 0, "
             f"min_new_tokens 0 (given: {decoding.temperature:g}, {decoding.top_p:g}, "
             f"{decoding.top_k}, {decoding.min_new_tokens})."
+        )
+
+
+def _check_responses(terms: Sequence[Term]) -> None:
+    """Refuse numbers of responses that a labeller does not work with, or that nothing takes."""
+    source = terms[0].source
+    count, drawn = source.num_responses, [origin != DATA for origin in origins(source)]
+    for labeller in (t.labeller for t in terms):
+        if count < labeller.least:
+            raise UserError(
+                f"samples_per_prompt: {count} is too few for {type(labeller).__name__}, which "
+                f"compares responses. Give {labeller.least} or more."
+            )
+        if isinstance(labeller, Member):
+            _check_member(labeller, source)
+    unused = [a and not any(b) for a, *b in zip(drawn, *(t.taken for t in terms), strict=True)]
+    if any(unused):
+        raise UserError(
+            f"samples_per_prompt: of the {count} responses to a prompt the method learns from "
+            f"{count - sum(unused)}, and the others would be drawn for nothing. Give fewer."
+        )
+
+
+def _check_member(member: Member, source: Source) -> None:
+    """Refuse a member that is not there, or whose place says another response than it did."""
+    found = origins(source)
+    if not member.is_at(torch.tensor(found)).any():
+        raise UserError(
+            f"member: its source gives no response {member.place} of the origin {member.origin}. "
+            "Name another origin, or a lower place."
+        )
+    if member.origin is None and len(found) > member.place + 1 and any(x != DATA for x in found):
+        raise UserError(
+            f"member.place: {member.place} counts among all {len(found)} responses to a prompt, "
+            "and is another one at another samples_per_prompt. Say whose it is: "
+            "origin: policy, reference or data."
         )
 
 
@@ -260,11 +319,7 @@ def _check_budget(method: Method, decoding: Decoding) -> None:
         raise UserError(
             f"target_kl: the method '{method.name}' has no KL on fresh samples to steer. {cure}."
         )
-    if not decoding.unmodified:
-        raise UserError(
-            "target_kl measures the policy's own KL: it needs temperature 1, top_p 1, top_k 0, "
-            "min_new_tokens 0."
-        )
+    _check_unmodified("target_kl", decoding)
 
 
 def _fields(part: Any) -> set[str]:
@@ -281,8 +336,17 @@ def _has(term: Term, name: str) -> bool:
     return name == "unit" or name in own or term.takes(name)
 
 
+def _choices(term: Term, name: str) -> tuple[Any, ...]:
+    """Values that a setting of the term's labeller may have, where it is a choice."""
+    if name not in _fields(term.labeller):
+        return ()
+    kind = get_type_hints(type(term.labeller))[name]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def _with_setting(term: Term, name: str, value: Any) -> Term:
-    if not _has(term, name):
+    choices = _choices(term, name)
+    if not _has(term, name) or (choices and value not in choices):
         return term
     if name == "unit":
         return replace(term, unit=value)

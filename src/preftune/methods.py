@@ -223,7 +223,7 @@ _BEYOND = (
         "xpo", "arXiv 2405.21046", "DPO on (y ~ π, ỹ ~ π_ref) ranked by r + α log π(ỹ|x)",
         "contrast an own sample with the reference's, and move away from the reference", _CONTRAST,
         _term(_WITH_REFERENCE, _RANKED, o.dpo, beta=0.1),
-        _term(_WITH_REFERENCE, Member(place=1), o.nll, weight=-1e-5),
+        _term(_WITH_REFERENCE, Member(origin="reference"), o.nll, weight=-1e-5),
     ),
     _row(
         "grpo", "arXiv 2402.03300", "−min(ρA, clip(ρ, 1±ε)A) + β k3, A = (r − mean)/sd of a prompt",

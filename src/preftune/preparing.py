@@ -50,8 +50,9 @@ def prepare(
     building.check_adapter(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    made_reward = judges.make_reward(reward or config.reward, config.reward_weights)
-    gold = judges.make_reward(config.gold, None)
+    device = building.pick_device(config.device)
+    made_reward = judges.make_reward(reward or config.reward, config.reward_weights, device)
+    gold = judges.make_reward(config.gold, None, device)
     given, data = data is not None, config.data if data is None else data
     if trains:
         _check_needs(config, method, made_reward, data)
@@ -95,13 +96,17 @@ def prepare(
 
 
 def _try_servers(parts: Parts) -> None:
-    """Judges give numbers, and an engine is of the run's model."""
+    """Judges read the prompts and give numbers, and an engine is of the run's model."""
+    room = parts.config.max_new_tokens
     if parts.renderer is not None:
+        draws = any(t.source.draws or t.source.on_policy for t in parts.method.terms)
+        judges.check_models(parts.reward, parts.prompts, room if draws else 0)
         for judge in (parts.reward, parts.gold):
+            judges.check_models(judge, parts.held_out, room)
             judges.try_reward(judge, parts.prompts, parts.renderer)
     if parts.prompts is not None:
-        room = max(map(len, parts.prompts.prompts)) + parts.config.max_new_tokens
-        engines.check_model(parts.config, parts.method, parts.model, parts.tokenizer, room)
+        context = max(map(len, parts.prompts.prompts)) + room
+        engines.check_model(parts.config, parts.method, parts.model, parts.tokenizer, context)
 
 
 def _tokenizer_name(config: Config, model: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from preftune.data import RowError
 from preftune.errors import UserError, nearest
 
 
@@ -33,6 +34,10 @@ class Judged:
     """Further columns of the prompt's row."""
     ids: list[list[int]] = field(default_factory=list)
     """Token ids, the end token included where the response is finished; empty: not known."""
+    finished: list[bool] = field(default_factory=list)
+    """Whether each came to its end, or was cut; empty: all did."""
+    where: list[str] = field(default_factory=list)
+    """File and row of each prompt; empty: not known."""
 
 
 @runtime_checkable
@@ -155,27 +160,58 @@ class Classifier:
 
     name: str
     model: Any
-    encode: Callable[[Any, str], list[int]]
-    """(prompt, completion) -> ids, the end token included."""
+    encode: Callable[[Any, str, bool], list[int]]
+    """(prompt, completion, finished) -> ids, the end token included where it is finished."""
+    context: int | None = None
+    """Tokens that the model takes; None: any number."""
     label_source = "rm_other"
 
     @torch.no_grad()
     def __call__(self, judged: Judged) -> list[float]:
         """Scores, in batches of equal length (no padding at all)."""
-        rows = [self.encode(p, c) for p, c in zip(judged.prompts, judged.completions, strict=True)]
+        rows = [self._ids(judged, place) for place in range(len(judged.completions))]
         by_length: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             by_length.setdefault(len(row), []).append(i)
         scores = [0.0] * len(rows)
         for places in by_length.values():
             for part in (places[s : s + 16] for s in range(0, len(places), 16)):
-                for place, score in zip(
-                    part, self._scores(torch.tensor([rows[i] for i in part])), strict=True
-                ):
-                    scores[place] = float(score)
+                found = self._scores(torch.tensor([rows[i] for i in part])).tolist()
+                for place, score in zip(part, found, strict=True):
+                    scores[place] = score
         return scores
 
+    def check(self, judged: Judged, room: int) -> None:
+        """See whether it can read these responses with so many tokens more.
+
+        Raises:
+            UserError: which one it cannot.
+        """
+        for place in range(len(judged.completions)):
+            self._ids(judged, place, room)
+
+    def _ids(self, judged: Judged, place: int, room: int = 0) -> list[int]:
+        """A response behind its prompt, as the model reads it."""
+        prompt = judged.prompts[place]
+        row = judged.where[place] if judged.where else f"the prompt {prompt!r:.60}"
+        finished = not judged.finished or judged.finished[place]
+        try:
+            ids = self.encode(prompt, judged.completions[place], finished)
+        except (RowError, UserError) as error:
+            raise UserError(
+                f"reward '{self.name}': it cannot read {row}: {str(error).rstrip('.')}. Leave the "
+                "row out, or give a reward model whose chat template takes it."
+            ) from error
+        if self.context is not None and len(ids) + room > self.context:
+            raise UserError(
+                f"reward '{self.name}': it takes {self.context} tokens, and {row} may have "
+                f"{len(ids) + room} with a response. Give a smaller max_new_tokens or max_length, "
+                "or a reward model that takes more."
+            )
+        return ids
+
     def _scores(self, ids: Tensor) -> Tensor:
+        ids = ids.to(self.model.device)
         mask = torch.ones_like(ids)
         if hasattr(self.model, "score"):  # decoders: the head stands on the trunk's last position
             hidden = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -24,7 +24,7 @@ from preftune.policies.sharding import gathered
 from preftune.samples import Batch, Samples
 from preftune.sources import Offline
 from preftune.team import current
-from preftune.terms import Term, narrows
+from preftune.terms import Term, narrows, prompts_per_update, together
 
 RewardFunction = Callable[[Samples], Tensor | tuple[Tensor, dict[str, Tensor]]]
 """Rewards [*R, N, K] of a round's responses; where they are a sum, also its parts by name."""
@@ -140,27 +140,19 @@ class Group:
         return all(t.idle for t in self.terms)
 
     def prompts_per_update(self, batch_size: int, num_responses: int) -> int:
-        """batch_size x share items, in whole prompts; the largest item count among the terms."""
-        items = max(t.labeller.items(num_responses) for t in self.terms)
-        return max(1, int(batch_size * self.terms[0].share) // items)
+        """See `terms.prompts_per_update`."""
+        return prompts_per_update(self.terms, batch_size, num_responses)
 
 
 def group_terms(method: Method) -> list[Group]:
     """The row's terms by equal source, in the order of the row."""
-    groups: list[Group] = []
-    for place, term in enumerate(method.terms):
-        found = [g for g in groups if g.source == term.source and g.terms[0].share == term.share]
-        if found:
-            found[0].terms.append(term)
-            found[0].places.append(place)
-            found[0].states.append({})
-        else:
-            groups.append(
-                Group(
-                    source=term.source, terms=[term], places=[place], states=[{}],
-                    target_kl=method.target_kl,
-                )
-            )  # fmt: skip
+    groups = [
+        Group(
+            source=method.terms[places[0]].source, terms=[method.terms[i] for i in places],
+            places=places, states=[{} for _ in places], target_kl=method.target_kl,
+        )
+        for places in together(method.terms)
+    ]  # fmt: skip
     if method.reference_update == "round":
         next((g for g in groups if g.source.on_policy), groups[0]).leads = True
     return groups
@@ -327,6 +319,7 @@ def updates_per_epoch(method: Method, num_prompts: int, batch_size: int) -> int:
     group = group_terms(method)[0]
     source = group.source
     per_update = group.prompts_per_update(batch_size, source.num_responses)
-    per_round = source.prompts_per_round or per_update
-    rounds = -(-num_prompts // max(1, per_round // source.prompts_per_row))
-    return rounds * source.passes * -(-per_round // per_update)
+    rows = max(1, (source.prompts_per_round or per_update) // source.prompts_per_row)
+    # a row is taken whole, though it may make more prompts than an update takes
+    updates = -(-rows * source.prompts_per_row // per_update)
+    return -(-num_prompts // rows) * source.passes * updates

@@ -9,6 +9,8 @@ from preftune.data import Rejected, Report, Rows, write_rejected
 from preftune.errors import BadRows, UserError
 from preftune.method import Method
 from preftune.parts import Parts
+from preftune.samples import DATA
+from preftune.sources import origins
 from preftune.team import current
 
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.05, 200, 64
@@ -19,11 +21,10 @@ def load_data(parts: Parts, data: Any, trains: bool) -> None:
     config = parts.config
     if parts.renderer is None:
         return
-    draws = any(t.source.draws or t.source.on_policy for t in parts.method.terms)
-    reserve = config.max_new_tokens if draws else 0
-    # room for the control behind a prompt
-    controls = building.controls_of(parts.method, parts.renderer.tokenizer) or ([],)
-    reserve += max(map(len, controls))
+    _check_prompts(parts, trains)
+    sources = [t.source for t in parts.method.terms]
+    draws = any(origin != DATA for source in sources for origin in origins(source))
+    reserve = (config.max_new_tokens if draws else 0) + _control(parts)
     rejected: list[Rejected] = []
     try:
         if data is not None:
@@ -33,6 +34,7 @@ def load_data(parts: Parts, data: Any, trains: bool) -> None:
         if trains and config.eval_data is not None:
             # pairs among them are measured too
             room, want = (0, "pairs") if parts.scores else (config.max_new_tokens, "any")
+            room += _control(parts)
             parts.held_out, _ = _load_rows(parts, config.eval_data, want, room, rejected)
     except BadRows as error:
         rejected.extend(error.rejected)
@@ -45,7 +47,42 @@ def load_data(parts: Parts, data: Any, trains: bool) -> None:
     data = parts.data
     if parts.followed is not None and data is not None:  # those that are answered stay the same
         data = data.select(range(parts.followed.ends[0]))
-    parts.prompts = parts.prompts or data
+    if parts.prompts is None and data is not None:  # of which a method may draw nothing
+        able = range(len(data)) if draws else _with_room(parts, data)
+        parts.prompts = data.select(able) if 0 < len(able) < len(data) else data
+
+
+def _control(parts: Parts) -> int:
+    """Tokens of the longest control that stands behind a prompt."""
+    assert parts.renderer is not None, "a tokenizer is loaded where there is data"
+    return max(map(len, building.controls_of(parts.method, parts.renderer.tokenizer) or ([],)))
+
+
+def _with_room(parts: Parts, rows: Rows) -> list[int]:
+    """Rows whose prompts leave room for an answer in the model's context; a reward model answers
+    nothing."""
+    context = building.context_of(parts.model.model)
+    if context is None or parts.scores:
+        return list(range(len(rows)))
+    most = context - parts.config.max_new_tokens - _control(parts)
+    return [i for i, prompt in enumerate(rows.prompts) if len(prompt) <= most]
+
+
+def _check_prompts(parts: Parts, trains: bool) -> None:
+    """Refuse prompts of their own where their responses come from the data, and say where nothing
+    is drawn to them."""
+    if parts.config.prompts is None or not trains:
+        return
+    drawing = [t.source for t in parts.method.terms if t.source.draws]
+    if any(source.reads for source in drawing):
+        raise UserError(
+            "prompts: the method sets the data's responses beside samples to the same prompts, so "
+            "its prompts are those of the data. Leave prompts out."
+        )
+    if not drawing:
+        parts.notes.append(
+            f"prompts are not used: the method '{parts.method.name}' draws no responses to them"
+        )
 
 
 def _load_training(
@@ -63,7 +100,10 @@ def _load_training(
     parts.notes += loading.unused(parts.method, parts.data)
     scored = parts.reward is None and loading.has_scores(parts.data)
     parts.method = loading.fitted(parts.method, parts.data, scored=scored)
-    if trains and "reward" in parts.method.needs and not (parts.reward or scored):
+    judged = [t.source for t in parts.method.terms if "reward" in t.needs]
+    # of what is drawn the data know no score
+    known = scored and all(origin == DATA for source in judged for origin in origins(source))
+    if trains and judged and not (parts.reward or known):
         raise no_reward(parts.method)
     if waves:
 
@@ -93,6 +133,10 @@ def _load_rows(
     config = parts.config
     if bad_rows is not None:
         config = config.model_copy(update={"bad_rows": bad_rows})
+    if context is not None:  # a control stands before the response
+        most = config.max_length or min(loading.DEFAULT_MAX_LENGTH, context)
+        if most <= context < most + _control(parts):
+            config = config.model_copy(update={"max_length": context - _control(parts)})
     rows, report, refused = loading.load_rows(
         source, config, parts.renderer, want=want, context=context, reserve=reserve
     )
@@ -110,31 +154,62 @@ def _keep_rejected(parts: Parts, rejected: Sequence[Rejected]) -> None:
 
 
 def _hold_out(parts: Parts) -> None:
-    """Set rows of the data aside for evaluation."""
-    rows, config = parts.data, parts.config
+    """Set rows of the data aside for evaluation; where there are prompts alone, some of them, if
+    they are asked for."""
+    config = parts.config
+    place = "data" if parts.data is not None else "prompts"
+    rows: Rows | None = getattr(parts, place)
     if rows is None:
         return
     if config.eval_fraction is not None:
         count = round(config.eval_fraction * len(rows))
-    elif (parts.reward or parts.scores) and not parts.followed and len(rows) >= HELD_OUT_LEAST:
+    elif place == "data" and _holds_by_itself(parts, rows):
         count = min(int(HELD_OUT_SHARE * len(rows)), HELD_OUT_MOST)
     else:
         count = 0
     if count == 0:
-        parts.notes.append(
-            "no held-out prompts: give eval_data or eval_fraction to see reward and KL"
-        )
+        _hold_nothing(parts, "give eval_data or eval_fraction to see reward and KL")
         return
     if count == len(rows):
         raise UserError(
             f"eval_fraction: {config.eval_fraction} of {len(rows)} rows leaves none to train on."
         )
-    kept, held = loading.split_off(rows, count, config.seed)
-    if not held:
-        parts.notes.append("no held-out prompts: every row has the same prompt; give eval_data")
+    _, chosen = loading.split_off(rows, count, config.seed)
+    if not chosen:
+        _hold_nothing(parts, "every row has the same prompt; give eval_data")
         return
-    parts.data, parts.held_out = rows.select(kept), rows.select(held)
+    able = set(_with_room(parts, rows))
+    held = [i for i in chosen if i in able]
+    if len(held) < len(chosen):
+        parts.notes.append(
+            f"{len(chosen) - len(held)} rows are not held out, and trained on: max_new_tokens does "
+            "not fit behind their prompts"
+        )
+    if not held:
+        _hold_nothing(parts, "lower max_new_tokens")
+        return
+    setattr(parts, place, rows.select(sorted(set(range(len(rows))) - set(held))))
+    parts.held_out = rows.select(held)
     parts.notes.append(f"{len(held)} rows held out for evaluation")
+
+
+def _holds_by_itself(parts: Parts, rows: Rows) -> bool:
+    """Whether some rows are held out though nobody asked for it."""
+    judged = parts.reward or parts.scores
+    return bool(judged) and not parts.followed and len(rows) >= HELD_OUT_LEAST
+
+
+def _hold_nothing(parts: Parts, cure: str) -> None:
+    """Say so; what only an evaluation uses would be ignored.
+
+    Raises:
+        UserError: such a setting is given.
+    """
+    config = parts.config
+    asked = [n for n in ("best_by", "judge", "retention") if getattr(config, n) is not None]
+    if asked and config.eval_fraction != 0:  # who gives 0 wants none
+        raise UserError(f"{asked[0]}: there are no held-out prompts: {cure}.")
+    parts.notes.append(f"no held-out prompts: {cure}")
 
 
 def no_reward(method: Method) -> UserError:

@@ -1,11 +1,12 @@
 """A run folder: settings, metrics, samples, the model. Every file appears whole or not at all."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from preftune import durable, plain_yaml
 from preftune.durable import write_text
@@ -30,6 +31,24 @@ def _finite(value: Any) -> Any:
 
 LOCK = ".lock"
 """A file of the folder that its writer holds; the system lets go of it when the process ends."""
+
+
+def _end_line(lines: BinaryIO) -> None:
+    """Let a JSONL file end with a line: a process that was killed, or a full disk, leaves half of
+    one, which would spoil the row that is put behind it, and hide all that follow."""
+    end = lines.seek(0, os.SEEK_END)
+    lines.seek(max(0, end - 1))
+    if lines.read(1) in (b"", b"\n"):
+        return
+    lines.seek(0)
+    start = lines.read().rfind(b"\n") + 1
+    lines.seek(start)
+    try:
+        json.loads(lines.read().decode())
+    except ValueError:
+        lines.truncate(start)
+    else:
+        lines.write(b"\n")  # a whole row that lacks nothing else
 
 
 def unnamed(kind: str) -> Path:
@@ -149,11 +168,13 @@ class RunFolder:
         return {str(name): value for name, value in found.items()}
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows to a JSONL file of the folder."""
+        """Add rows to a JSONL file of the folder; a torn last line is cut off before them."""
         if not current().main:
             return
-        with open(self.path / name, "a", encoding="utf-8") as out:
-            out.writelines(dumps(row) + "\n" for row in rows)
+        added = "".join(dumps(row) + "\n" for row in rows).encode()
+        with open(self.path / name, "a+b") as out:
+            _end_line(out)
+            out.write(added)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Rows of a JSONL file; a torn last line is left out."""
@@ -161,13 +182,14 @@ class RunFolder:
         if not path.exists():
             return []
         rows = []
-        # not splitlines, which also cuts at ends of lines that a text may hold (U+2028)
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if not line:
+        # bytes: a line may be torn inside a character; and not splitlines, which also cuts at ends
+        # of lines that a text may hold (U+2028)
+        for line in path.read_bytes().split(b"\n"):
+            if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                rows.append(json.loads(line.decode()))
+            except ValueError:
                 break
         return rows
 

@@ -249,7 +249,7 @@ ALARMS: tuple[Alarm, ...] = (
         reads=("informative_pairs", "settled_pairs", "unlikely_pairs", "alike_pairs"), sign=_slow,
         cure="Large margins: stop here, or go on with new pairs. Unlikely rejected responses: take "
         "pairs of the policy's own samples (on_policy_dpo, half_and_half). Alike: leave such pairs "
-        "out (`preftune inspect` finds them).",
+        "out (`preftune diagnose` finds them).",
     ),
     Alarm(
         name="sampler", title="samples are not the policy's", moments=("window",),

@@ -22,7 +22,8 @@ class Offline:
     """all: every response of a row.
     chosen: the first alone (the chosen of a pair, the one of a completion).
     conditioned: each response to its prompt with a control token for good or bad.
-    mismatched: all, and the first response of the next row, which is scored and not trained."""
+    mismatched: all, and the first response of the next row with another prompt, which is scored and
+    not trained."""
     responses: int = 2
     """Of a row of the data: 2 of a pair, 1 of a completion (told from the data at the start)."""
     scored: bool = False
@@ -60,8 +61,7 @@ class Offline:
         reward = _scores(out) if self.scored else None
         out = replace(out, origin=torch.full_like(out.origin, DATA), reward=reward)
         if self.take == "mismatched":
-            other = ctx.rows.samples((rows + 1) % len(ctx.rows), responses=[0])
-            return replace(beside([out, replace(other, reward=None)]), extra=out.extra)
+            return replace(beside([out, _mismatched(ctx, rows, out)]), extra=out.extra)
         return _conditioned(out, ctx.sampler) if self.take == "conditioned" else out
 
 
@@ -71,6 +71,64 @@ def good(samples: Samples) -> Bool[Tensor, "*R N K"]:
     if "label" in samples.extra and num_responses == 1:
         return (samples.extra["label"].nan_to_num(nan=1.0) > 0.5).unsqueeze(-1)
     return (torch.arange(num_responses) == 0).expand(samples.finished.shape)
+
+
+def origins(source: Source) -> list[int]:
+    """`Samples.origin` of the responses that a source makes of a prompt; 0 is the policy."""
+    if isinstance(source, Pool):
+        return [origin for member in source.members for origin in origins(member)]
+    own = 0 if source.on_policy else REFERENCE if source.draws else DATA
+    return [own] * source.num_responses
+
+
+_NEAR = 8
+"""Rows that are looked at one by one."""
+
+
+def _mismatched(ctx: Context, rows: Tensor, own: Samples) -> Samples:
+    """The first response of the next row with another prompt, as far as the model's context holds
+    it. Looked at are the next rows, then ones ever farther off; where all have the prompt, the next
+    stays."""
+    count = len(ctx.rows)
+    far = (2**i for i in range(_NEAR.bit_length(), count.bit_length()) if 2**i < count)
+
+    def row_at(step: int) -> Samples:
+        found = ctx.rows.samples((rows + step) % count, responses=[0])
+        # what is known of it is known of it behind its own prompt
+        return replace(found, reward=None, logp=None, ref_logp=None, value=None)
+
+    found = row_at(1)
+    alike = _same_prompt(own, found)
+    for step in (*range(2, min(_NEAR + 1, count)), *far):
+        if not alike.any():
+            break
+        other = row_at(step)
+        differs = alike & ~_same_prompt(own, other)
+        found = beside([found, other]).at(differs.long().unsqueeze(-1))
+        alike = alike & ~differs
+    return _fitting(found, own, getattr(getattr(ctx.policy, "trunk", None), "context", None))
+
+
+def _same_prompt(a: Samples, b: Samples) -> Bool[Tensor, "*R N"]:
+    """Whether two rounds' prompts are the same, one by one."""
+    width = max(a.prompt.shape[-1], b.prompt.shape[-1])
+    ids = [
+        torch.nn.functional.pad(
+            torch.where(x.prompt_mask, x.prompt, -1), (width - x.prompt.shape[-1], 0), value=-1
+        )
+        for x in (a, b)
+    ]
+    return (ids[0] == ids[1]).all(-1)
+
+
+def _fitting(responses: Samples, behind: Samples, context: int | None) -> Samples:
+    """Responses cut to the tokens that the context leaves behind the prompts of others."""
+    if context is None:
+        return responses
+    room = (context - behind.prompt_mask.sum(-1))[..., None]
+    mask = responses.mask & (torch.arange(responses.mask.shape[-1]) < room[..., None])
+    finished = responses.finished & (responses.lengths() <= room)
+    return replace(responses, mask=mask, finished=finished)
 
 
 def _scores(samples: Samples) -> Tensor:

@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -47,6 +47,7 @@ LABELLERS: dict[str, Any] = {
     "unlabelled": labellers.Unlabelled,
     "member": labellers.Member,
 }
+OBJECTIVES: dict[str, Any] = {name: getattr(objectives, name) for name in objectives.__all__}
 _KEYS = ("source", "labeller", "objective", "settings", *PLAIN)
 ROW_KEYS = ("name", "terms", "reference_update", "target_kl", "patience")
 """Of a row in YAML."""
@@ -58,9 +59,7 @@ def to_data(method: Method) -> list[dict[str, Any]]:
         {
             "source": _part(term.source, SOURCES),
             "labeller": _part(term.labeller, LABELLERS),
-            "objective": _name(
-                term.objective, {n: getattr(objectives, n) for n in objectives.__all__}
-            ),
+            "objective": _name(term.objective, OBJECTIVES),
             "settings": dict(term.settings),
             "weight": term.weight,
             "share": term.share,
@@ -115,7 +114,6 @@ def _term(where: str, data: Any) -> Term:
     for key in ("source", "labeller", "objective"):
         if key not in data:
             raise UserError(f"{where}: '{key}' is missing.")
-    known = {n: getattr(objectives, n) for n in objectives.__all__}
     kinds = get_type_hints(Term)
     rest: dict[str, Any] = {
         k: checked(f"{where}.{k}", data[k], float if k in ("weight", "share") else kinds[k])
@@ -128,7 +126,7 @@ def _term(where: str, data: Any) -> Term:
     term = Term(
         source=_build(f"{where}.source", data["source"], SOURCES),
         labeller=_build(f"{where}.labeller", data["labeller"], LABELLERS),
-        objective=_find(f"{where}.objective", data["objective"], known),
+        objective=_find(f"{where}.objective", data["objective"], OBJECTIVES),
         settings={k: plain(v) for k, v in settings.items()},
         **rest,
     )
@@ -146,7 +144,7 @@ def check_term(where: str, term: Term) -> None:
         raise UserError(f"{where}.share: must lie above 0 and up to 1, not {term.share}.")
     for part, named in ((term.source, "source"), (term.labeller, "labeller")):
         _check_part(f"{where}.{named}", part)
-    objective = _name(term.objective, {n: getattr(objectives, n) for n in objectives.__all__})
+    objective = _name(term.objective, OBJECTIVES)
     for key, value in term.settings.items():
         if not term.takes(str(key)):
             takes = [n for n in term.parameters if term.takes(n)]
@@ -168,12 +166,21 @@ def check_term(where: str, term: Term) -> None:
             f"{where}.labeller.ties: a tie is kept as half a preference (label_smoothing), which "
             f"{objective} does not take. Give ties: drop."
         )
+    _check_level(where, term, objective)
+    if term.source.num_responses >= term.labeller.least:  # else `methods.check` has its say
+        _rehearse(where, term, objective, labeller)
+
+
+def _check_level(where: str, term: Term, objective: str) -> None:
+    """Refuse a level at which the objective does not mean what it says."""
     if term.level != "token" and {"value", "value_old"} & set(term.parameters):
         raise UserError(
             f"{where}.level: {objective} works on each token's value. Give level: token."
         )
-    if term.source.num_responses >= term.labeller.least:  # else `methods.check` has its say
-        _rehearse(where, term, objective, labeller)
+    if term.level == "mean" and any(n == "len" or n.startswith("len_") for n in term.parameters):
+        raise UserError(
+            f"{where}.level: {objective} divides by the length itself. Give level: sequence."
+        )
 
 
 def _rehearse(where: str, term: Term, objective: str, labeller: str) -> None:
@@ -184,7 +191,8 @@ def _rehearse(where: str, term: Term, objective: str, labeller: str) -> None:
         prompt=torch.zeros(2, 1, dtype=torch.long), prompt_mask=torch.ones(2, 1, dtype=torch.bool),
         tokens=torch.zeros(shape, dtype=torch.long), mask=torch.ones(shape, dtype=torch.bool),
         finished=torch.ones(shape[:2], dtype=torch.bool), row=torch.arange(2),
-        origin=torch.zeros(shape[:2], dtype=torch.long), logp=score, ref_logp=score - 1,
+        origin=torch.tensor(sources.origins(term.source)).expand(shape[:2]), logp=score,
+        ref_logp=score - 1,
         value=score, reward=score.sum(-1).double(),
     )  # fmt: skip
     now = {"logp": score, "value": score, "collision": score, "score": score.sum(-1)}
@@ -214,6 +222,14 @@ def _rehearse(where: str, term: Term, objective: str, labeller: str) -> None:
             f"{where}: {objective} does not work on what {labeller} makes "
             f"at level {term.level}: {error}."
         ) from error
+    if "label_smoothing" in batch.data and getattr(term.labeller, "ties", "drop") == "keep":
+        half = torch.full_like(batch.data["label_smoothing"], 0.5)
+        tied = replace(batch, data={**batch.data, "label_smoothing": half})
+        if not loss_sum(term, samples, tied, now)[0].any():
+            raise UserError(
+                f"{where}.labeller.ties: a tie is kept as half a preference, of which {objective} "
+                "learns nothing. Give ties: drop."
+            )
 
 
 def _check_part(where: str, part: Any) -> None:
@@ -259,7 +275,8 @@ def _field(where: str, data: Any, kind: Any) -> Any:
     if is_dataclass(kind):
         values = data if isinstance(data, Mapping) else {}
         return _build(where, {"name": "it", **values}, {"it": kind})  # type: ignore[dict-item]
-    return checked(where, data, kind)
+    choice = next((x for x in get_args(kind) if get_origin(x) is Literal), None)
+    return checked(where, data, kind if choice is None or data is None else choice)
 
 
 def _find(where: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:

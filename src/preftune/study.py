@@ -152,7 +152,8 @@ class Study:
             beside: given the pool first, to send other work to it (None: no pool).
 
         Raises:
-            UserError: what a user must mend before any run can go on; at once.
+            UserError: what a user must mend before any run can go on, at once; or another process
+                runs a study in the folder.
             CellsFailed: other faults of runs; after all that can be run.
         """
         jobs: dict[tuple[str, int], tuple[Runnable, tuple[int, ...]]] = {}
@@ -162,17 +163,34 @@ class Study:
                 part = tuple(left[start : start + size])
                 jobs[cell.key, part[0]] = (cell, part)
         ordered = sorted(jobs.values(), key=lambda j: -j[0].cost * len(j[1]))
-        total, done = sum(c.updates * len(s) for c, s in ordered), 0
-        if self.workers == 0:
-            beside(None)
-            for cell, seeds in ordered:
-                self._keep(cell, seeds, partial(cell.run, seeds))
-                done += cell.updates * len(seeds)
-                tick(done, total)
-        else:
-            self._in_processes(ordered, total, tick, beside)
+        total = sum(c.updates * len(s) for c, s in ordered)
+        with self._held():
+            if self.workers == 0:
+                self._here(ordered, total, tick, beside)
+            else:
+                self._in_processes(ordered, total, tick, beside)
         if self.failed:
             raise CellsFailed("runs of a study failed", list(self.failed.values()))
+
+    def _held(self) -> contextlib.AbstractContextManager[None]:
+        """The folder for this study alone: two would both run what is missing."""
+        if self.folder is None or RunFolder.is_held(self.folder):  # by who called
+            return contextlib.nullcontext()
+        return RunFolder.held(self.folder)
+
+    def _here(
+        self,
+        ordered: Sequence[tuple[Runnable, tuple[int, ...]]],
+        total: int,
+        tick: Callable[[int, int], None],
+        beside: Callable[[Executor | None], None],
+    ) -> None:
+        done = 0
+        beside(None)
+        for cell, seeds in ordered:
+            self._keep(cell, seeds, partial(cell.run, seeds))
+            done += cell.updates * len(seeds)
+            tick(done, total)
 
     def _in_processes(
         self,

@@ -9,19 +9,21 @@ roles. Other names are looked up in the labeller's data, then in the term's sett
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from preftune.collecting import Source
-from preftune.labellers import Labeller
+from preftune.labellers import Labeller, Member
 from preftune.numerics import masked_sum
 from preftune.objectives import kl_loss, reverse_kl
 from preftune.samples import Batch, Samples
+from preftune.sources import origins
 
 Objective = Callable[..., Tensor]
 _NOW = ("logp", "value", "collision", "score")
@@ -73,6 +75,19 @@ class Term:
         """Of weight 0: sampled and logged, no part of the loss."""
         return not any(self.factor) if isinstance(self.factor, tuple) else self.factor == 0
 
+    @property
+    def taken(self) -> list[bool]:
+        """Which of its source's responses to a prompt it takes."""
+        if isinstance(self.labeller, Member):
+            return self.labeller.is_at(torch.tensor(origins(self.source))).tolist()
+        count = self.source.num_responses
+        return [k < getattr(self.labeller, "most", count) for k in range(count)]
+
+    @property
+    def origins(self) -> list[int]:
+        """`Samples.origin` of those; 0 is the policy."""
+        return list(compress(origins(self.source), self.taken))
+
     def __getstate__(self) -> dict[str, Any]:
         """What another process is sent: the fields, nothing that was kept beside them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -107,6 +122,26 @@ class Term:
         """What a round must be scored with, for the labeller and for the objective."""
         found = {_FIELDS[base] for name in self.parameters if (base := _base(name)) in _FIELDS}
         return self.labeller.needs | found
+
+
+def together(terms: Sequence[Term]) -> list[list[int]]:
+    """Places of the terms that use the same samples: those of an equal source and share."""
+    groups: list[list[int]] = []
+    for place, term in enumerate(terms):
+        like = (g for g in groups if terms[g[0]].source == term.source)
+        found = next((g for g in like if terms[g[0]].share == term.share), None)
+        if found is None:
+            groups.append([place])
+        else:
+            found.append(place)
+    return groups
+
+
+def prompts_per_update(terms: Sequence[Term], batch_size: int, num_responses: int) -> int:
+    """Of terms that use the same samples: batch_size x share items, in whole prompts; the largest
+    item count among the terms."""
+    items = max(t.labeller.items(num_responses) for t in terms)
+    return max(1, int(batch_size * terms[0].share) // items)
 
 
 def _base(name: str) -> str | None:

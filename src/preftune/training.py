@@ -2,11 +2,14 @@
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
 
 from preftune import (
     automatic,
@@ -29,7 +32,7 @@ from preftune import config as configs
 from preftune.adapter_saving import save_model
 from preftune.alarms import Fired
 from preftune.config import Config
-from preftune.errors import Elsewhere, GuardStop, Saved, UserError
+from preftune.errors import Saved, UserError
 from preftune.events import Callback, Tell, teller
 from preftune.parts import (
     Parts,
@@ -90,7 +93,12 @@ def train(
     config = configs.load(config)
     if config.resume and config.output is None:
         raise UserError("resume: give the run's folder with --output.")
+    objects = {"model": model, "data": data, "reward": reward}
     with together() as team, ExitStack() as held:
+        if config.resume:  # what was automatic stays as it was found
+            own, given = config.model_dump(exclude_unset=True), objects.items()
+            names = [name for name, x in given if x is not None]
+            config = configs.load(team.by_main(lambda: resuming.resumed(own, names)))
         told = callbacks if team.main else ()
         return _train(config, held, told, overrides, model, tokenizer, data, reward)
 
@@ -155,7 +163,7 @@ def execute(
         return
     _make_blocks(parts, settings, tell)
     world = make_world(parts)
-    identity = _identity(parts)
+    identity = resuming.identity(parts)
     if keeps_reference(parts):
         world = _with_known(parts, world, settings, tell)
     team = current()
@@ -178,21 +186,41 @@ def execute(
             stop=lambda: _asked(signals) is not None,
         )
         tell("start", step=state.step, total=settings.max_steps, message=parts.method.name)
-        try:
+        with _saving(state, folder):
             loop.advance(state, settings, hooks)
-        except (UserError, GuardStop, Elsewhere) as error:
-            raise _saved(team.ended(error), state, folder) from error
         asked = _asked(signals)
         if asked is not None:
             path = checkpoint.save(state, folder.path / "checkpoints")
             message = f"saved {path}; go on with --output {folder.path} --resume"
-            tell("interrupted", step=state.step, message=message)
-            raise KeyboardInterrupt if asked == signal.SIGINT else Saved(message)
-    if state.plateau.reached(state.method.patience) and state.step < settings.max_steps:
-        tell("note", message=f"step {state.step}: the reward no longer rises: ended (patience)")
-    _take_best(state, folder, tell)
-    if keep_model:
-        _save_model(parts, folder)
+            raise _left(asked, state, message, tell)
+        if state.plateau.reached(state.method.patience) and state.step < settings.max_steps:
+            tell("note", message=f"step {state.step}: the reward no longer rises: ended (patience)")
+        with _saving(state, folder):
+            _take_best(state, folder, tell)
+            if keep_model:
+                _save_model(parts, folder)
+        asked = _asked(signals)  # while that was written
+        if asked is not None:
+            message = f"all of {folder.path} but its page is written: --resume adds it"
+            raise _left(asked, state, message, tell)
+
+
+@contextmanager
+def _saving(state: loop.State, folder: RunFolder) -> Iterator[None]:
+    """Whatever fails in it, what was reached is saved (`resuming.saved`)."""
+    try:
+        yield
+    except Exception as error:
+        ended = resuming.saved(current().ended(error), state, folder)
+        if ended is error:
+            raise
+        raise ended from error
+
+
+def _left(asked: int, state: loop.State, message: str, tell: Tell) -> BaseException:
+    """What to raise once everything is in order, where a signal asked the run to end."""
+    tell("interrupted", step=state.step, message=message)
+    return KeyboardInterrupt() if asked == signal.SIGINT else Saved(message)
 
 
 def _check_alike(parts: Parts, settings: loop.Settings) -> None:
@@ -254,40 +282,16 @@ def keep_answers(parts: Parts, folder: RunFolder) -> None:
     parts.gold = parts.gold and rewards.kept(parts.gold, path)
 
 
-def _identity(parts: Parts) -> dict[str, str]:
-    """Hashes of what a run needs beside its checkpoint: weights that stay as they were loaded."""
-    found = {}
-    if any(not p.requires_grad for p in parts.model.model.parameters()):
-        found["model"] = fingerprint.of_weights(parts.model.model, frozen=True)
-    if parts.reference is not None and parts.method.reference_update == "fixed":
-        found["reference"] = fingerprint.of_weights(parts.reference.model, frozen=True)
-    return found
-
-
-def _saved(error: BaseException, state: loop.State, folder: RunFolder) -> BaseException:
-    """The same error, with what was reached saved: a reward or a judge that failed may be back
-    later, and an update that was not finite may be left out then."""
-    said, details = str(error), {}
-    if isinstance(error, GuardStop) and error.details:
-        details = error.details
-        folder.write_json("guard.json", details)
-        said += f" The batch is in {folder.path / 'guard.json'}."
-    # a reference that moves at rounds has moved already
-    apart = current().sharded  # of which no process has all
-    if state.step and state.method.reference_update != "round" and not apart:
-        with suppress(UserError, GuardStop):  # a full disk, say, which may be the error itself
-            path = checkpoint.save(state, folder.path / "checkpoints")
-            said += f" Saved {path}: --output {folder.path} --resume goes on from there."
-    if isinstance(error, Elsewhere):
-        return error
-    return GuardStop(said, details) if isinstance(error, GuardStop) else UserError(said)
-
-
 def _take_best(state: loop.State, folder: RunFolder, tell: Tell) -> None:
     """With `best_by`, the model of the best evaluation is what the run leaves."""
     if state.best is None or state.best[0] == state.step:
         return
-    path = folder.path / "checkpoints" / f"step-{state.best[0]:06d}"
+    place = folder.path / "checkpoints"
+    before = checkpoint.last(place)
+    if before is None or checkpoint.step_of(before) < state.step:
+        resuming.keep(state, folder)  # from where more steps go on
+    state.torn = True
+    path = place / f"step-{state.best[0]:06d}"
     checkpoint.load_weights(state.world.policy, path)
     tell("note", message=f"the model is that of step {state.best[0]}, the best")
 
@@ -341,20 +345,37 @@ def _save(state: loop.State, folder: RunFolder, tell: Tell) -> None:
 
 
 def _save_model(parts: Parts, folder: RunFolder) -> None:
-    """Write `model/`, which appears whole."""
+    """Write `model/`, which appears whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     state = whole_state(parts.model.model) if current().sharded else None
     if not current().main:
         return
-    work = folder.path / ".tmp-model"
-    shutil.rmtree(work, ignore_errors=True)
-    tokenizer = building.as_rendered(parts.tokenizer, parts.renderer)
+    work, place = folder.path / ".tmp-model", folder.path / "model"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        _write_model(parts, folder, work, state)
+        shutil.rmtree(place, ignore_errors=True)
+        durable.reach("model")
+        work.rename(place)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(
+            f"model: '{place}' cannot be written ({error}). Free space, then go on with --resume."
+        ) from error
+
+
+def _write_model(
+    parts: Parts, folder: RunFolder, work: Path, state: dict[str, Tensor] | None
+) -> None:
+    """Weights, tokenizer and card."""
     if isinstance(parts.model, RewardModel):
-        parts.model.save(work, tokenizer, state)
+        parts.model.save(work, building.as_scored(parts.tokenizer, parts.renderer), state)
     else:
+        tokenizer = building.as_rendered(parts.tokenizer, parts.renderer)
         if parts.model.controls is not None:
             tokenizer = building.asking_for_good(tokenizer)
         save_model(parts.model.model, tokenizer, work, parts.model.value_head, state)
     durable.write_text(work / "README.md", model_card.text(parts, folder))
-    shutil.rmtree(folder.path / "model", ignore_errors=True)
-    durable.reach("model")
-    work.rename(folder.path / "model")

@@ -123,6 +123,15 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, changes: dict, wor
     assert words in str(error.value) and "small.json" in str(error.value)
 
 
+def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    (tmp_path / "second.json").write_text(path.read_text())
+    with pytest.raises(UserError, match=r"second.json and small.json are both called 'small'"):
+        files.load_all(tmp_path)
+    path.unlink()
+    assert [p.name for p in files.load_all(tmp_path)] == ["small"]
+
+
 def test_a_missing_part_and_no_json(tmp_path: Path) -> None:
     plain = small()
     del plain["labels"]

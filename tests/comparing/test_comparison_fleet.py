@@ -6,14 +6,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from preftune.comparing import fleet, locks, running
-from preftune.comparing.job import Job, read, result_of, write, write_result
-from preftune.errors import Saved
+from preftune.comparing.job import RUNS, Job, read, result_of, write, write_result
+from preftune.errors import Saved, UserError
+from preftune.runs import RunFolder
 
 
 def job(key: str, order: int = 0) -> Job:
@@ -90,6 +92,17 @@ def test_another_machine_is_followed_when_it_falls_silent(tmp_path: Path) -> Non
     before = time.time() - locks.SILENT - 5
     os.utime(path, (before, before))
     assert locks.acquire(tmp_path, "k") is not None
+
+
+def test_a_container_does_not_know_the_processes_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one machine, with the same name: the number is of another process, or of none, here."""
+    here = locks.this_host()
+    held_by_another(tmp_path, "k", pid=gone())
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+    assert locks.this_host() != here
+    assert locks.acquire(tmp_path, "k") is None and not locks.is_ours(tmp_path, "k")
 
 
 @pytest.fixture
@@ -176,11 +189,43 @@ def test_one_that_is_told_to_end_leaves_its_job_to_others(
     assert taken is not None and taken[1].number == 2
 
 
+def test_a_run_that_cannot_begin_here_is_left_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that has no such model must not fail all jobs."""
+    asked: list[object] = []
+
+    def prepare(config: object, overrides: object) -> None:
+        asked.append(overrides)
+        raise UserError("model 'x': no such folder")
+
+    monkeypatch.setattr(running, "prepare", prepare)
+    for key, kind, name in (("a", "final", "m"), ("b", "reference", "the untrained model")):
+        one = replace(job(key), kind=kind, overrides={"terms.0.beta": 0.5})
+        write(tmp_path, one)
+        with pytest.raises(running.Unable, match=f"{name}: model 'x': no such folder"):
+            fleet.work(tmp_path, [key])
+        assert result_of(tmp_path, key) is None and asked.pop() == one.overrides
+        taken = fleet.take(tmp_path, [key])
+        assert taken is not None and locks.deaths(tmp_path, key, taken[1].number) == 0
+
+
+def test_a_run_whose_folder_is_still_written_to_is_not_taken(
+    tmp_path: Path, runs: list[str]
+) -> None:
+    write(tmp_path, job("a"))
+    write(tmp_path, job("b"))
+    with RunFolder.held(tmp_path / RUNS / "a"):
+        assert fleet.work(tmp_path) and not fleet.work(tmp_path)
+        assert runs == ["b"] and result_of(tmp_path, "a") is None
+    assert fleet.work(tmp_path) and runs == ["b", "a"]
+
+
 def test_what_a_run_ends_with_is_its_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failure is kept as one, and asks nothing of the others; being told to end is none."""
-    from preftune.errors import GuardStop, UserError
+    from preftune.errors import GuardStop
 
     for error, why in (
         (GuardStop("step 3: the loss is nan"), running.STOPPED),

@@ -1,13 +1,23 @@
-"""How a budget is divided: what fits, what is cut first, what is said."""
+"""How a budget is divided: what fits, what is cut first, what is said. And what is compared."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from preftune.comparing import costs, plan
+from preftune import cli_compare
+from preftune.comparing import costs, entries, plan, prompts, running, wording
 from preftune.comparing.costs import Cost
+from preftune.comparing.job import Job
 from preftune.comparing.plan import Asked, Plan
+from preftune.config import Config
 from preftune.errors import UserError
+from preftune.runs import RunFolder
+
+ROOT = Path(__file__).parents[2]
 
 FAST = Cost(ready=2.0, update=1.0, answer=0.1, trained=16)
 COSTS = {"quick": FAST, "slow": replace(FAST, update=2.0, trained=8)}
@@ -128,3 +138,73 @@ def test_a_slower_machine_shortens_the_final_runs_and_says_so() -> None:
     least = plan.again(made, asked(budget=3000.0), COSTS, 0.1 * finals)
     assert least.seeds == 2 and "2 training seeds in place of 3" in least.cuts[-1]
     assert plan.from_plain(plan.plain(least)) == least
+
+
+def test_the_evaluations_of_a_run_are_those_that_it_costs() -> None:
+    assert running.POINTS == costs.CURVE_POINTS + 1, "the last one is counted by itself"
+    on_the_way = [step for step in range(1, 100) if step % -(-100 // running.POINTS) == 0]
+    assert len(on_the_way) == costs.CURVE_POINTS
+
+
+@pytest.mark.long
+def test_a_run_that_ends_early_is_not_evaluated_twice_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which step is the last is the loop's word: one with patience ends before them all."""
+    asked: list[int] = []
+    monkeypatch.setattr(running.held_out, "held_out_answers", lambda *a: asked.append(1))
+    monkeypatch.setattr(running, "per_prompt", lambda *a: {"row": [0], "reward": [[1.0]]})
+    job = Job(key="k", kind="final", entry="m", order=0, settings={}, prompts=1, curve=8)
+    parts: Any = SimpleNamespace(policy=None)
+    watch = running._Watch(job, parts, RunFolder(tmp_path), 100, lambda step, total: None)
+    assert watch.evaluate(0, False) == {} and watch.evaluate(50, True) == {} and asked == []
+    assert watch.evaluate(50, False) == {"eval_reward": 1.0} and asked == [1]
+
+
+@pytest.mark.parametrize(("count", "enough"), [(26, True), (25, False)])
+def test_how_many_prompts_are_enough(tmp_path: Path, count: int, enough: bool) -> None:
+    path = tmp_path / "my.jsonl"
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(data=str(path))
+    if enough:
+        found = prompts.cut(config).split
+        assert (found.selection, found.final, found.train) == (3, 6, 17)
+    else:
+        with pytest.raises(UserError, match="25 prompts are too few.*at least 26"):
+            prompts.cut(config)
+    said = (ROOT / "docs" / "compare.md").read_text()
+    assert "fewer than 26 prompts are refused" in said
+
+
+def test_the_file_in_the_docs_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "compare.md").read_text()
+    path = tmp_path / "compare.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    common, own = cli_compare._file(str(path))
+    found = entries.make([], {**common, "reward": "length:min"}, own, {})
+    assert [entry.name for entry in found] == ["dpo", "strict", "mine"]
+
+
+def test_what_methods_are_compared_by_is_the_same_for_all() -> None:
+    """Whatever a method's own file says; --set without a method's name is for all."""
+    for key, value in (("gold", "length:min"), ("model", "x"), ("data", "x.jsonl"), ("seed", 1)):
+        with pytest.raises(UserError, match=f"dpo: '{key}' of one method.*as --{key}"):
+            entries.make(["dpo", "ipo"], {}, {"dpo": {key: value}, "ipo": {}}, {})
+    given = {"set": ("seed=3", "beta=0.2", "dpo.seed=4"), "config": None}
+    common, _, overrides = cli_compare._given({"batch_size": "2"}, given)
+    assert common == {"batch_size": "2", "seed": 3}
+    assert overrides == {"beta": 0.2, "dpo.seed": 4}
+
+
+def test_the_best_is_the_best_of_those_that_have_a_result() -> None:
+    def method(name: str, value: float | None) -> dict[str, Any]:
+        figure = {"value": value, "low": value, "high": value}
+        return {"name": name, "figures": {} if value is None else {"reward": figure}, "gains": {}}
+
+    pair = {"a": "x", "b": "y", "value": 1.0, "low": 0.5, "high": 1.5, "better": "x"}
+    found = {
+        "methods": [method("x", 2.0), method("y", 1.0), method("z", None)], "pairs": [pair],
+        "judged_by": "reward", "unit": "", "reference": {"best_of_n": {}},
+    }  # fmt: skip
+    assert wording.verdict(found)[0].endswith("the best of 2.")

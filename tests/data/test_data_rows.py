@@ -51,6 +51,24 @@ def test_rows_hold_ids_and_what_reward_functions_get(plain: Renderer):
     assert (report.dropped, report.cut, report.boundary_merged, report.rejected) == (0, 0, 0, [])
 
 
+def test_whether_a_column_holds_numbers_is_looked_up_once(plain: Renderer):
+    """Not at every minibatch; rows that are added may tell otherwise."""
+
+    class Watched(list[Any]):
+        read = 0
+
+        def __iter__(self) -> Any:
+            self.read += 1
+            return super().__iter__()
+
+    rows, _ = build(plain, [pair("a", "b", "c", margin=2.0), pair("a", "b", "c", margin=1.0)])
+    margin = rows.columns["margin"] = Watched(rows.columns["margin"])
+    assert [rows.samples([i]).extra["margin"].tolist() for i in (0, 1, 0)] == [[2.0], [1.0], [2.0]]
+    assert margin.read == 1
+    rows.extend(build(plain, [pair("a", "b", "c", probability=0.75)])[0])
+    assert rows.samples([2]).extra["probability"].tolist() == [0.75] and margin.read == 2
+
+
 def test_samples_are_padded_by_length_and_masked(plain: Renderer):
     row = pair("b", "e", "f", chosen_finished=False)
     rows, _ = build(plain, [pair("abc", "de", "f"), row])

@@ -54,6 +54,21 @@ def test_pit_by_hand() -> None:
     assert ranks.pit(logp, samples, u, keep).tolist() == pytest.approx([0.25, 0.625, 1.0])
 
 
+def test_the_same_text_ties_by_hand() -> None:
+    """The second and third of (-5, -3.01, -2.99, -1) are the response, whose log-prob came out as
+    -3: ties as they are above, by token ids."""
+    samples = f64(-5, -3.01, -2.99, -1).expand(3, 4)
+    logp, u = f64(-3, -3, -3), f64(0, 0.5, 1 - 1e-12)
+    same = torch.tensor([False, True, True, False]).expand(3, 4)
+    assert ranks.pit(logp, samples, u, same=same).tolist() == pytest.approx([0.2, 0.5, 0.8])
+    assert ranks.pit_ranks(logp, samples, u, same=same).rank.tolist() == pytest.approx(
+        [0.2, 0.5, 0.8]
+    )
+    n = torch.ones(3, 4, dtype=torch.long)
+    like = ranks.length_matched_ranks(logp, n[:, 0], samples, n, u, same=same)
+    assert like.rank.tolist() == pytest.approx([0.2, 0.5, 0.8])
+
+
 def test_ranks_of_own_samples_are_uniform_with_many_ties() -> None:
     """Responses are drawn from 60, and rounded to 4 values: most samples tie."""
     g = gen(0)

@@ -201,6 +201,17 @@ def test_a_member_is_the_response_at_its_place():
     assert Member(place=2).least == 3 and Member().least == 1 and not Member().labelled
 
 
+def test_a_member_is_told_by_whose_it_is():
+    """Wherever it stands, in each run of a study; the second of the policy's is at place 3."""
+    origin = [[[0, -1, -2, 7]] * 2, [[0, -1, -2, 7]] * 2]
+    places = {"policy": 0, "reference": 1, "data": 2}
+    for name, place in places.items():
+        batch = label(Member(origin=name), reward=[[[0.0] * 4] * 2] * 2, origin=origin)
+        assert batch.index.tolist() == [[[[place]]] * 2] * 2
+    second = Member(origin="policy", place=1)
+    assert label(second, reward=[[[0.0] * 4] * 2] * 2, origin=origin).index.unique() == 3
+
+
 def test_what_the_data_must_hold():
     given = {c: c().given for c in (Demonstration, Good, Feedback, GivenPreference, Member)}
     assert list(given.values()) == [1, 1, 1, 2, 0] and Unlabelled().given == 0

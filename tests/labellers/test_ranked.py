@@ -18,7 +18,7 @@ from preftune.method import Method
 from preftune.rounds import group_terms, refill
 from preftune.samples import Batch
 from preftune.sources import OnPolicy
-from preftune.terms import Term, bind
+from preftune.terms import Term, bind, loss_sum
 from tables import scored
 
 PAIRING = (BestWorst, AllPairs, RandomPair)
@@ -94,6 +94,23 @@ def test_ties_that_are_kept_are_half_a_preference(own):
     dropped = pairs(AllPairs(threshold=1.0), [[0.0, 1.0, 3.0]])
     assert "label_smoothing" not in dropped.data
     assert dropped.keep.tolist() == [[False, True, True]]
+
+
+def test_of_equals_the_best_and_the_worst_are_two_responses():
+    """A tie that is kept pulls the margin to 0: log-ratios (1, -2) at beta 0.1 have the gradient
+    0.1 (s(0.3) - 1/2) and its opposite; one response against itself would have none."""
+    labeller = BestWorst(ties="keep")
+    term = Term(source=OnPolicy(samples_per_prompt=3), labeller=labeller, objective=o.dpo,
+                settings={"beta": 0.1})  # fmt: skip
+    samples = scored([[2.0, 2.0, 2.0], [2.0, 1.0, 2.0]], ref_logp=[[0.0, 0.0, 0.0]] * 2)
+    batch, _ = labeller(samples, {})
+    assert batch.index.tolist() == [[[0, 2]], [[0, 1]]]
+    logp = torch.tensor([[[1.0], [9.0], [-2.0]], [[0.0]] * 3], dtype=torch.float64)
+    total, _ = loss_sum(term, samples, batch, {"logp": logp.requires_grad_()})
+    total.backward()
+    assert logp.grad is not None
+    expected = 0.1 * (1 / (1 + math.exp(-0.3)) - 0.5)
+    torch.testing.assert_close(logp.grad[0, :, 0], tables.f64([expected, 0.0, -expected]))
 
 
 @pytest.mark.parametrize("objective", [o.ipo, o.simpo])

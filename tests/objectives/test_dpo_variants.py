@@ -98,6 +98,21 @@ def test_robust_dpo_is_unbiased_under_flips() -> None:
     assert (mean_over_flips(o.dpo) - clean).abs().max() > 0.01
 
 
+def test_robust_dpo_learns_nothing_of_a_pair_that_is_as_likely_either_way() -> None:
+    """ε = 1/2, as of a soft label: 1 / (1 - 2ε) does not exist. Others are as without it."""
+    known, half = f64(0.1, 0.6), f64(0.1, 0.5, 0.6)
+
+    def found(smoothing: Tensor) -> Tensor:
+        def loss(*x: Tensor) -> Tensor:
+            return o.robust_dpo(*x, beta=0.1, label_smoothing=smoothing)
+
+        pairs = tuple(x.expand(len(smoothing)) for x in PAIR)
+        return torch.stack([loss(*pairs), *gradients(loss, pairs)])
+
+    assert torch.equal(found(half)[:, [0, 2]], found(known))
+    assert found(half)[:, 1].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_chi_po_by_hand() -> None:
     """φ(e^2) = e^2 + 2 = 9.389056, φ(e^-1) = e^-1 - 1 = -0.632121. Beta 0.1: margin 1.002118,
     loss ln(1 + e^-1.002118) = 0.312693. Clip 0.5: ln(1 + e^-0.5); swapped: ln(1 + e^0.5)."""

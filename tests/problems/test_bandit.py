@@ -1,4 +1,4 @@
-"""The bandit's closed forms against the values of the specification and against enumeration."""
+"""The bandit's closed forms against values computed apart from it and by enumeration."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ from preftune.problems.bandit import (
 def test_the_reference_has_its_published_values():
     p = reference_probs()
     assert p.sum() == pytest.approx(1.0, abs=1e-12) and (p > 0).all()
-    # the specification has .0267 at arm 10; it is that of arm 15, and all its other values agree
+    # rounded; .0267 is of arm 15, not of arm 10
     for arm, mass in {0: 0.0781, 99: 0.0422, 15: 0.0267, 20: 0.0243, 70: 0.0021}.items():
         assert float(p[arm]) == pytest.approx(mass, abs=6e-5), arm
     assert int(p[1:-1].argmax()) + 1 == 16

@@ -1,7 +1,7 @@
 """Language problems: what is said, how pairs come about, who is right."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from preftune import config
 from preftune.errors import UserError
 from preftune.problems import arithmetic, length, preferences, sentences, small_models, story
-from preftune.problems.answering import answers
+from preftune.problems.answering import Said, answers
 from preftune.problems.preferences import Pairs, Task, make_pairs
 from preftune.problems.small_models import Shape
 
@@ -129,11 +129,38 @@ def test_a_reward_that_tells_nothing_apart(task: Task) -> None:
 def test_the_mode_is_measured_and_kept(task: Task, tmp_path: Path) -> None:
     found = length.measured(task, tmp_path)
     assert json.loads((tmp_path / "lengths.json").read_text()) == found
-    assert 1 <= found["mode"] <= 24 and found["mean"] > 1
-    (tmp_path / "lengths.json").write_text('{"mean": 3.0, "mode": 2}')
+    assert 1 <= found["mode"] <= 24 and found["mean"] > 1 and 0 < found["finished"] <= 1
+    (tmp_path / "lengths.json").write_text('{"mean": 3.0, "mode": 2, "finished": 1.0}')
     assert length.measured(task, tmp_path)["mode"] == 2
+    (tmp_path / "lengths.json").write_text('{"mean": 3.0, "mode": 2}')
+    assert length.measured(task, tmp_path) == found, "as it was measured before ends counted"
     assert length.problem(task, "mode", found)[0].reward == f"length:mode={found['mode']}"
     assert length.problem(task, "mode", found, target=5)[0].reward == "length:mode=5"
+
+
+def test_answers_that_are_cut_have_no_common_length(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They all have the limit's length, which is nobody's habit."""
+
+    def said(
+        config: object, prompts: Sequence[object], count: int, **_: object
+    ) -> list[list[Said]]:
+        lengths = [3, 3, 4, 4, 4, 5, 9] + 7 * [24]
+        own = [Said(ids=(1,) * k, finished=k < share, tokenizer=None) for k in lengths]
+        return [own for _ in prompts]
+
+    short, share = replace(task, max_new_tokens=24), 24
+    monkeypatch.setattr(length, "answers", said)
+    found = length.measured(short, tmp_path / "a")
+    assert found == {"mean": 200 / 14, "mode": 4, "finished": 0.5}
+    share = 4
+    found = length.measured(short, tmp_path / "b")
+    assert found["mode"] in (2, 3) and found["finished"] == 2 / 14
+    with pytest.raises(UserError, match=r"14% of the answers of .* end within 24 tokens"):
+        length.problem(short, "mode", found)
+    assert length.problem(short, "mode", found, target=4)[0].reward == "length:mode=4"
+    assert length.problem(short, "min", found)[0].reward == "length:min"
 
 
 def test_any_model_has_prompts() -> None:

@@ -1,6 +1,7 @@
 """Claims about language models: what they say adds up, and their runs are what they say."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from preftune import building, cli, config
+from preftune import building, cli, config, study
+from preftune.errors import UserError
 from preftune.problems import arithmetic, length, story
 from preftune.reproduce import claims as claims_module
 from preftune.reproduce import frontiers, language, places, runner, transfer
@@ -18,6 +20,11 @@ from preftune.reproduce.claims import EXPERIMENTS, Claim, load
 from preftune.reproduce.places import Judge, Place
 from preftune.reproduce.text_cell import TextCell
 from preftune.study import Curves, Runnable
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import claims_table  # noqa: E402
+import language_rates  # noqa: E402
 
 pytestmark = pytest.mark.long
 
@@ -45,26 +52,6 @@ def test_sums_of_figures() -> None:
     assert language.value({"a.gold@0.5": 1, "c, too.gold": -2}, RUNS).tolist() == [-9, 3]
     least = [{"a.gold": 1, "b.gold": -1}, {"a.gold": 1, "c, too.gold": -1}]
     assert language.value(least, RUNS).tolist() == [-3, 5], "less the best of the others"
-
-
-def test_frontiers_by_hand() -> None:
-    # one seed: at KLs of .05 to 1, the first has reward 0 until .5 and then 4, the other 0, then 2
-    kl, reward = f64([0, 0.5, 1.0]), f64([0, 4, 1])
-    other_kl, other = f64([0, 0.5, 2.0]), f64([0, 2, 9])
-    gain = frontiers.reward_at_equal_kl(kl, reward, other_kl, other)
-    shares = (torch.linspace(0.05, 1, frontiers.PLACES) >= 0.5).double().mean()
-    assert gain.item() == pytest.approx(2 * shares.item())
-    assert frontiers.reward_at_equal_kl(kl, reward, kl, reward).item() == 0
-    # rewards 0 to 4: the first needs KL .5 beyond 0; the other .5 up to 2 and 2 beyond
-    more = frontiers.kl_at_equal_reward(other_kl, other, kl, reward)
-    beyond = (torch.linspace(0, 4, frontiers.PLACES) > 2).double().mean()
-    assert more.item() == pytest.approx(1.5 * beyond.item())
-    apart = frontiers.kl_at_equal_reward(kl, -reward, other_kl, -other)
-    assert apart.isfinite().all(), "nobody rises above the reference"
-    start, end = -7.9, -1.3
-    assert start + (end - start) > end, "a place computed so is beyond every checkpoint"
-    least = f64([0, 1], [0, 2]), f64([start, end], [start, end])
-    assert frontiers.kl_at_equal_reward(*least, *least).tolist() == [0, 0]
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -137,6 +124,57 @@ def test_the_grid_changes_no_verdict_and_is_told() -> None:
     assert both.notes == ["With each run at the best of 3 rates: -2.000."] and not alone.notes
 
 
+def test_rates_are_chosen_for_runs_that_a_claim_makes() -> None:
+    """But for the rate itself and how often they are judged."""
+
+    def alike(cell: TextCell) -> TextCell:
+        return replace(cell, evals=0, learning_rate=0.0)
+
+    run = {alike(c).key for claim in CLAIMS.values() for c in cells_of(claim).values()}  # type: ignore[arg-type]
+    wanted = language_rates.wanted()
+    for rows in wanted.values():
+        for grid in rows.values():
+            assert {alike(c).key for c in grid.values()} <= run
+            assert tuple(c.learning_rate for c in grid.values()) == language_rates.GRID
+    settings = dict(wanted["min"]["ppo"][1e-3].settings)
+    assert settings == {"passes": 2, "prompts_per_round": 16}
+
+
+def test_a_rate_at_the_end_of_the_grid_is_told() -> None:
+    inside, edge = ({1e-4: -2.0, 3e-4: -1.0, 1e-3: end} for end in (-1.5, 0.0))
+    rewards = "0.0001 -2.00, 0.0003 -1.00, 0.001 -1.50"
+    assert language_rates.line("dpo", inside) == f"    dpo: 0.0003  # {rewards}"
+    assert language_rates.line("dpo", edge).endswith("0.001 0.00; edge")
+
+
+def test_rates_of_other_code_are_not_taken(tmp_path: Path, monkeypatch, capsys) -> None:
+    language_rates.begun(tmp_path, 0)
+    language_rates.begun(tmp_path, 0)
+    monkeypatch.setattr(language_rates, "source_digest", lambda: "later")
+    monkeypatch.setattr(language_rates, "wanted", dict)
+    with pytest.raises(SystemExit):
+        language_rates.main([str(tmp_path)])
+    assert "its runs are of other source code" in capsys.readouterr().err
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="is not empty"):
+        language_rates.begun(tmp_path / "old", 0)
+
+
+def test_a_table_of_claims_sets_equals_beside_each_other() -> None:
+    """Sizes of one claim are two lines; a folder without one of them has an empty place there."""
+    small, large = (CLAIMS[f"e6-min-synthetic{size}"] for size in ("", "-width-128"))
+    numbers = {"measured": 3.0, "interval": [1.5, 4.5], "verdict": "holds", "seeds": 5}
+    a, b = (claims_module.listed(c, c.parts[0]) | numbers for c in (small, large))
+    failed = a | {"interval": None, "verdict": None, "error": "why"}
+    _, _, first, second = claims_table.table([[a, b], [b | {"seeds": 4}], [failed]])
+    said = "3 [1.5, 4.5] wide: holds"
+    part, what = "dpo over pref_ft", a["statistic"]
+    assert first == f"| `e6-min-synthetic: {part}` | {what} | > 1 | 5 | {said} |  | failed: why |"
+    assert second.startswith(f"| `e6-min-synthetic-width-128: {part}` | {what}; width 128 | > 1 ")
+    assert second.endswith(f"| 5, 4 | {said} | {said} |  |")
+
+
 def test_one_cell_stands_in_many_claims() -> None:
     one, other = (cells_of(CLAIMS[f"{n}-synthetic"])["dpo"] for n in ("e6-min", "first-1"))
     assert one.key == other.key and one.key != cells_of(CLAIMS["e6-mode-synthetic"])["dpo"].key
@@ -195,14 +233,25 @@ def test_a_run_is_what_its_seed_makes_it(where: Path) -> None:
     assert end["proxy"] != end["gold"] and "agreement" in end
 
 
-def test_a_run_that_diverges_is_shown(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = replace(a_cell(at(where), "dpo"), learning_rate=1e30)
-    rows = cell.run((3,))
-    assert rows[-1]["step"] == 4 and rows[-1]["stopped"] == 1
-    found = {"dpo": Curves((0, 4), {"stopped": f64([float("nan"), 1.0])})}
-    assert language.notes(found) == [
-        "dpo: 1 of the runs diverged and stay as they were judged last."
-    ]
+@pytest.mark.parametrize("of", ["reward", "kl"])
+def test_a_run_that_diverges_stays_as_it_was_judged_last(where: Path, of: str) -> None:
+    """One seed of two, after its start: at each later step, so that no statistic lacks it."""
+    cell = a_cell(at(where, judge=Judge(source="true")), "dpo")
+    rows = replace(cell, learning_rate=1e30).run((3,))
+    assert [r["step"] for r in rows] == [0, 2, 4] and rows[-1]["stopped"] == 1
+    found = study.curves(rows + cell.run((4,)), (3, 4))
+    gold = found.figures["gold"]
+    assert gold.isfinite().all() and gold[0].unique().numel() == 1
+    assert language.value({"dpo.gold@0.5": 1, "dpo.gold": -1}, {"dpo": found})[0] == 0
+    claim = CLAIMS[f"{'c7-hypo-reward' if of == 'reward' else 'c8-hypo-kl'}-synthetic"]
+    assert claim.settings["of"] == of
+    runs = {name: found for name in frontiers._plan(claim, (3, 4), False)}
+    measured = frontiers.frontier(claim, (3, 4), runs)
+    assert all(v.tolist() == [0, 0] for v in measured.values.values())
+    first = next(iter(runs))
+    assert measured.notes[0] == (
+        f"{first}: 1 of the runs diverged and stay as they were judged last."
+    )
 
 
 def test_who_judges(where: Path) -> None:

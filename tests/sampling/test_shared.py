@@ -168,6 +168,31 @@ def test_a_window_counts_prompt_and_response(
     torch.testing.assert_close(s.logp, tiny.score(policy, s).detach(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("count", "slots"), [(2, 8), (5, 10)])
+def test_a_fixed_grid_has_no_more_slots_than_responses(
+    count: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four prompts, at most ten rows together: on an accelerator every slot is computed."""
+    grids = []
+
+    class Fixed(SharedDecoder):
+        def __init__(self, model: Any, **options: Any) -> None:
+            super().__init__(model, **options, fixed=True)
+            grids.append(self.cache.grid)
+
+        def _capture(self) -> Any:
+            return False
+
+    policy = sampler("llama")
+    assert local.can_share(policy.model)
+    plain = draw(policy, count=count)
+    monkeypatch.setattr(local, "MAX_ROWS", 10)
+    monkeypatch.setattr(local, "SharedDecoder", Fixed)
+    found = draw(policy, count=count)
+    assert [g.groups * g.slots for g in grids] == [slots]
+    assert texts(found) == texts(plain)
+
+
 def test_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "MAX_ROWS", 10)
     policy = sampler("llama")

@@ -130,8 +130,10 @@ def test_what_has_no_name_is_spelled_out():
     stale = row("rloo", num_iterations=2, epsilon=0.1, steps_per_generation=4)
     assert stale.objective.__name__ == "ppo_clip" and stale.settings["clip"] == 0.1
     assert (stale.source.passes, stale.source.prompts_per_round) == (2, 16)
-    hot = row("grpo", temperature=0.8)  # without a KL, so that samples need not be the policy's own
-    assert hot.objective.__name__ == "ppo_clip" and hot.settings == {"clip": 0.2}
+    plain = row("grpo")  # without a KL
+    assert plain.objective.__name__ == "ppo_clip" and plain.settings == {"clip": 0.2}
+    with pytest.raises(UserError, match="temperature 1"):  # TRL's ratio is of the tempered policy
+        row("grpo", temperature=0.8)
     assert row("online_dpo", missing_eos_penalty=1.5).labeller.shaping.no_end_penalty == 1.5
 
 

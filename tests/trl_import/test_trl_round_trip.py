@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     | {"truncation": st.just("left")},
     "on_policy_ipo": {"tau": POSITIVE, "passes": st.just(1)} | CUT | DRAWS
     | {"truncation": st.just("left")},
-    "rloo": {"kl": st.floats(0, 1)} | FUNCTIONS,
+    "rloo": {"kl": st.floats(0, 1)} | FUNCTIONS | PLAIN,
     "grpo": {"weight": POSITIVE, "clip": POSITIVE, "passes": SMALL} | FUNCTIONS | PLAIN,
 }  # fmt: skip
 SAID = (

@@ -8,13 +8,14 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from preftune import methods
+from preftune import loading, methods
 from preftune.advising import rule as rules
 from preftune.advising import wording
 from preftune.advising.rule import GOAL, Racing, Rule, Signs
 from preftune.advising.signs import FIGURES, Circumstances, of_figures
 from preftune.estimators.estimate import Estimate
 from preftune.method import Method
+from preftune.sources import Pool
 
 SHIPPED = "rule.json"
 REASONS = 3
@@ -22,6 +23,8 @@ BEYOND = 0.05
 """Of a sign's range: so far outside it still counts as seen."""
 RANKED = 5
 """Rows that are named, the best first."""
+KINDS = ("prompts", "completions", "pairs")
+"""Of data, each of use where one before it is wanted."""
 MOST, STEPS = 2.0, 40
 """A quantity is tried up to a factor of e^2 either way, in so many steps."""
 
@@ -77,34 +80,31 @@ class Advised:
     worth: Mapping[str, float]
     """Predicted, 0 the reference's, 1 the best row's: of the rows that can be run."""
     loss: float
-    """The mean regret of advice where such a source labels, on families that the rule had not
-    seen: what the first row may miss of what the best would gain."""
+    """The mean regret of advice where such a source labels (of all, where nobody does), on families
+    that the rule had not seen: what the first row may miss of what the best would gain."""
     sure: bool
     """It is within the goal; otherwise the tool cannot tell the first from the second."""
     strange: list[str]
     """Signs that lie beyond all that the rule was fitted on."""
 
 
-def advise(figures: Mapping[str, Estimate], known: Circumstances | None, given: Circumstances,
-           by: Shipped | None = None) -> Advised:  # fmt: skip
-    """Rank the rows.
+def advise(
+    figures: Mapping[str, Estimate], given: Circumstances, by: Shipped | None = None
+) -> Advised:
+    """Rank the rows that can be run: on such data, and without a reward where nobody judges.
 
     Args:
-        known: None where nobody judges fresh samples: rows that need a reward are left out.
-        given: the circumstances that the rule reads (with a label source in any case).
         by: a rule in place of the shipped one.
     """
     own = shipped() if by is None else by
     tier = own.rule.tier
     signs: Signs = given.signs() | (of_figures(figures, tier) if tier >= 0 else {})
-    worth = {
-        row: w
-        for row, w in own.rule.worth(signs).items()
-        if known is not None or "reward" not in methods.get(row).needs
-    }
+    worth = {r: w for r, w in own.rule.worth(signs).items() if _can_run(methods.get(r), given)}
     order = list(worth)
-    strange = _strange(own.rule, signs)
-    loss = own.measured["by_source"].get(given.source, own.measured["mean_regret"])
+    strange = [n for n in _strange(own.rule, signs) if _speaks(n, given)]
+    loss = own.measured["mean_regret"]
+    if given.label_source is not None:
+        loss = own.measured["by_source"].get(given.source, loss)
     ranked = [
         Advice(
             method=row, settings=settings_for(row, given.beta, own),
@@ -117,6 +117,15 @@ def advise(figures: Mapping[str, Estimate], known: Circumstances | None, given: 
     return Advised(
         ranked=ranked, worth=worth, loss=loss, sure=loss <= GOAL and not strange, strange=strange
     )
+
+
+def _can_run(method: Method, given: Circumstances) -> bool:
+    judged = given.label_source is not None or "reward" not in method.needs
+    return judged and KINDS.index(loading.want_of(method)) <= KINDS.index(given.kind)
+
+
+def _speaks(sign: str, given: Circumstances) -> bool:
+    return given.label_source is not None or not wording.is_of_labels(sign)
 
 
 def _rival(order: list[str], place: int) -> str:
@@ -148,7 +157,7 @@ def settings_for(row: str, beta: float, by: Shipped | None = None) -> dict[str, 
     labelled = [t for t in fresh if t.labeller.labelled]
     if fresh:
         found["samples_per_prompt"] = found.get(
-            "samples_per_prompt", max(t.source.num_responses for t in fresh)
+            "samples_per_prompt", max(_drawn(t.source) for t in fresh)
         )
     if labelled:
         found["on_policy_share"] = sum(t.share for t in labelled) / sum(
@@ -158,12 +167,21 @@ def settings_for(row: str, beta: float, by: Shipped | None = None) -> dict[str, 
     return found | {"learning_rate": [rate / 3, rate * 3]}
 
 
+def _drawn(source: Any) -> int:
+    """Answers of the policy to a prompt, where the data's own stand beside them."""
+    if isinstance(source, Pool):
+        return sum(map(_drawn, source.members))
+    return source.num_responses if source.on_policy else 0
+
+
 def _reason(rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances) -> str:
     """The signs that speak most for a row over its rival; what is one quantity counts as one."""
     worth = rule.worth(signs)
     first = worth[row] >= worth[rival]
     parts: dict[str, float] = {}
     for name, part in rule.between(row, rival, signs).items():
+        if not _speaks(name, given):
+            continue
         about = "is_" if name.startswith("is_") else wording.plain_sign(name)
         parts[about] = parts.get(about, 0.0) + part
     said = [
@@ -186,7 +204,7 @@ def _change(rule: Rule, row: str, rival: str, signs: Signs, given: Circumstances
             continue
         words = wording.WORDS[name]
         far = abs(step) / rule.spread[rule.names.index(name)]
-        found.append((far, _turned(words, now, now + step)))
+        found.append((far, _turned(words, now, now + step, given)))
     nearest = [text for _, text in sorted(found)[:2]]
     return " or ".join(nearest) or "nothing that was measured, within what the rule was fitted on"
 
@@ -204,25 +222,27 @@ def _by_circumstances(
 
     now = leads()
     for name, words in wording.QUANTITIES.items():
+        if name == "label_price" and given.label_source is None:
+            continue
         value = getattr(given, name)
         for step in (s * d for d in range(1, STEPS + 1) for s in (1, -1)):
             there = value * math.exp(step * MOST / STEPS)
             there = max(1, round(there)) if name == "pairs" else there
             if value > 0 and leads(**{name: there}) != now:
-                yield abs(step) * MOST / STEPS, _turned(words, value, there)
+                yield abs(step) * MOST / STEPS, _turned(words, value, there, given)
                 break
 
 
-def _turned(words: wording.Words, now: float, there: float) -> str:
-    side = "below" if there < now else "above"
-    return f"{words.quantity} {side} {words.value(there)} (now {words.value(now)})"
+def _turned(words: wording.Words, now: float, there: float, given: Circumstances) -> str:
+    side, quantity = "below" if there < now else "above", words.quantity.format(kind=given.kind)
+    return f"{quantity} {side} {words.value(there)} (now {words.value(now)})"
 
 
 def _cost(method: Method, given: Circumstances) -> str:
     """What the whole budget goes into, a hundred updates of 64 responses."""
     fresh = any(t.source.on_policy for t in method.terms)
     if not fresh and "reward" not in method.needs:
-        return "the pairs alone: no samples, no labels"
+        return f"the {given.kind} alone: no samples, no labels"
     if "reward" not in method.needs:
         return f"samples of the policy, {given.sample_price:.2g} each; no labels"
     return (

@@ -40,11 +40,20 @@ def load_all(folder: Path) -> list[Stated]:
     """Every problem of a folder, in the order of `paths`.
 
     Raises:
-        UserError: no file, or one that is not as the schema says.
+        UserError: no file, one that is not as the schema says, or two of one name.
     """
     found = paths(folder) if folder.is_dir() else []
     if not found:
         raise UserError(f"problems '{folder}': no .json file there. Draw some with --draw N.")
+    each: dict[str, Path] = {}
+    for path in found:
+        name = load(path).name
+        if name in each:
+            raise UserError(
+                f"problems '{folder}': {each[name].name} and {path.name} are both called '{name}'. "
+                "Give one of them another name."
+            )
+        each[name] = path
     return [load(path) for path in found]
 
 

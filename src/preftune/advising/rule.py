@@ -33,10 +33,14 @@ class Rule:
 
     def standard(self, signs: Signs) -> np.ndarray:
         """Signs in standard deviations from the mean, within 3 of them; unknown ones at it."""
+        z = (self._known(signs) - np.array(self.mean)) / np.array(self.spread)
+        return np.clip(z, -3.0, 3.0)
+
+    def _known(self, signs: Signs) -> np.ndarray:
+        """Signs in their own units, unknown ones at the mean."""
         given = [signs.get(n) for n in self.names]
         x = [m if v is None else v for v, m in zip(given, self.mean, strict=True)]
-        z = (np.array(x, dtype=float) - np.array(self.mean)) / np.array(self.spread)
-        return np.clip(z, -3.0, 3.0)
+        return np.array(x, dtype=float)
 
     def worth(self, signs: Signs) -> dict[str, float]:
         """Of every row, the best first."""
@@ -60,19 +64,26 @@ class Rule:
                 several signs.
 
         Returns:
-            the step; None where it leads farther than three standard deviations from the mean.
+            the step; None where it leads out of the range that the rule was fitted on, or farther
+            than three standard deviations from the mean, or where one of several begins there.
         """
         i, j = self.rows.index(first), self.rows.index(second)
         gap = np.array(self.weight[i]) - np.array(self.weight[j])
         z = self.standard(signs)
         lead = self.bias[i] - self.bias[j] + float(gap @ z)
-        speed = np.array([along.get(n, 0.0) for n in self.names]) / np.array(self.spread)
+        rate = np.array([along.get(n, 0.0) for n in self.names])
+        speed = rate / np.array(self.spread)
         slope = float(gap @ speed)
         if slope == 0:
             return None
         step = -lead / slope
-        moved = z + step * speed
-        return step if bool((np.abs(moved[speed != 0]) <= 3.0).all()) else None
+        moves = speed != 0
+        there = (z + step * speed)[moves]
+        x = np.array(self.mean)[moves] + there * np.array(self.spread)[moves]
+        low, high = np.array(self.low)[moves], np.array(self.high)[moves]
+        held = (np.abs(there) <= 3.0) & (low <= x) & (x <= high)
+        steps = (x - self._known(signs)[moves]) / rate[moves]
+        return float(steps[0]) if held.all() and np.allclose(steps, steps[0]) else None
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""

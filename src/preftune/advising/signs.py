@@ -23,19 +23,29 @@ class Circumstances:
     """What a user knows before anything is measured. Prices are of one response, in units of one
     response's forward and backward pass."""
 
-    label_source: str
+    label_source: str | None
+    """None: nobody judges fresh samples."""
     label_price: float
     sample_price: float
     beta: float
     """What a nat of KL costs in reward, where a Bradley-Terry preference is worth a nat."""
     pairs: int
+    """Rows of the data, of whichever kind."""
     budget: float
+    kind: str = "pairs"
+    """Of the rows: pairs or completions."""
 
     @property
     def source(self) -> str:
         """As the rule knows it: a judge that is asked at a price counts as a human, a true reward
-        as a model of its own."""
-        return {"judge": "human", "true": "rm_other"}.get(self.label_source, self.label_source)
+        as a model of its own, nobody as a model of these pairs, whose labels bring least."""
+        told = self.label_source or "rm_same"
+        return {"judge": "human", "true": "rm_other"}.get(told, told)
+
+    @property
+    def responses(self) -> int:
+        """Of a row."""
+        return 2 if self.kind == "pairs" else 1
 
     def signs(self) -> dict[str, float]:
         """By name."""
@@ -43,7 +53,7 @@ class Circumstances:
         # a reward model of the pairs is trained on them first
         left = max(self.budget - model_price(self.source, self.pairs), 0.1 * self.budget)
         fresh = math.log(left / (1 + self.sample_price + self.label_price))
-        reads = math.log(self.budget / (2 * self.pairs))
+        reads = math.log(self.budget / (self.responses * self.pairs))
         plain = {
             "log_fresh": fresh, "log_pairs": math.log(self.pairs), "log_epochs": reads,
             "log_beta": math.log(self.beta), "log_sample_price": math.log(self.sample_price + 0.1),

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from preftune import study
+from preftune import durable, study
 from preftune.advising import (
     candidates,
     drawing,
@@ -34,6 +34,8 @@ from preftune.runs import RunFolder
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 LEAST_FAMILIES = 3
+SEED_BASE = "seed-base.txt"
+"""Of a folder of drawn problems."""
 Tick = Callable[[str], Callable[[int, int], None]]
 
 
@@ -58,10 +60,14 @@ def draw(
 
     Returns:
         their names.
+
+    Raises:
+        UserError: those that are there were drawn with another seed base.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [drawing.name_of(i) for i in range(count)]
     names += [text_drawing.name_of(i) for i in range(of_text)]
+    _keep_base(folder, seed_base, any((folder / f"{name}.json").exists() for name in names))
     if of_text:
         text_models.make(folder, seed_base)
     for i, name in enumerate(names):
@@ -72,6 +78,24 @@ def draw(
                 texts.save(text_drawing.draw(i - count, folder, seed_base))
         tick(i + 1, len(names))
     return names
+
+
+def _keep_base(folder: Path, seed_base: int, drawn: bool) -> None:
+    """Write the seed base into the folder, or check that it is the one that stands there.
+
+    Args:
+        drawn: whether problems stand there.
+    """
+    path = folder / SEED_BASE
+    if not path.exists() and not drawn:
+        durable.write_text(path, f"{seed_base}\n")
+        return
+    held = f"--seed-base {path.read_text().strip()}" if path.exists() else "one that is not known"
+    if held != f"--seed-base {seed_base}":
+        raise UserError(
+            f"output '{folder}': problems there were drawn with another seed base, {held}. "
+            "Give another folder."
+        )
 
 
 def run(
@@ -86,8 +110,13 @@ def run(
 
     Raises:
         UserError: a problem file that is not as the schema says; one family where settings are to
-            be tuned on others.
+            be tuned on others; an output that is the folder of problems.
     """
+    if problems.resolve() == output.resolve():
+        raise UserError(
+            f"output '{output}': holds the problems, among which results would be taken for some. "
+            "Give another folder."
+        )
     each, given = files.load_all(problems), tuned or {}
     _check_families(each, problems, given, fit=tuned is None)
     rows, place = candidates.names(), str(problems.resolve())

@@ -1,15 +1,16 @@
 """The verdict of a diagnosis: the shipped rule's ranking, in at most ten lines."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from preftune.advising.advise import Advised, shipped
 from preftune.advising.advise import advise as ranked
+from preftune.advising.rule import GOAL
 from preftune.advising.signs import Circumstances
 from preftune.advising.wording import WORDS
+from preftune.diagnosis import cost
 from preftune.diagnosis.job import Diagnosis
-from preftune.errors import UserError
 
 BETA = 0.1
 EPOCHS = 3
@@ -30,7 +31,6 @@ class Verdict:
 
     advised: Advised
     given: Circumstances
-    label_source: str | None
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -55,23 +55,20 @@ def advise(
         label_price, spend: in units of training on one response; None: see above.
 
     Raises:
-        UserError: a price below 0, or nothing to spend.
+        UserError: a price below 0, nothing to spend, or no finite number.
     """
-    if label_price is not None and label_price < 0:
-        raise UserError(f"flag '--label-price': is {label_price:g}. Give 0 or more.")
-    if spend is not None and spend <= 0:
-        raise UserError(f"flag '--spend': is {spend:g}. Give more than 0.")
+    cost.check_prices(spend=spend, label_price=label_price)
     facts = found.facts
     source = facts["label_source"]
     price = LABEL_PRICES.get(source, LABEL_PRICE) if label_price is None else label_price
-    pairs = max(1, int(facts["pairs"]))
+    rows = max(1, int(facts["pairs"]))
     given = Circumstances(
-        label_source=source or "rm_same", label_price=price,
-        sample_price=float(facts["sample_price"]), beta=BETA if beta is None else beta,
-        pairs=pairs, budget=2.0 * EPOCHS * pairs if spend is None else spend,
+        label_source=source, label_price=price, sample_price=float(facts["sample_price"]),
+        beta=BETA if beta is None else beta, pairs=rows, budget=1.0, kind=facts["kind"],
     )  # fmt: skip
-    who = None if source is None else given
-    return Verdict(advised=ranked(found.figures, who, given), given=given, label_source=source)
+    whole = float(EPOCHS * given.responses * rows) if spend is None else spend
+    given = replace(given, budget=whole)
+    return Verdict(advised=ranked(found.figures, given), given=given)
 
 
 def lines(verdict: Verdict) -> list[str]:
@@ -81,8 +78,9 @@ def lines(verdict: Verdict) -> list[str]:
     if own.sure:
         said = [f"advice: {first.method}, {first.reason}"]
     else:
-        beyond = ", ".join(WORDS[name].quantity for name in own.strange)
-        why = f"beyond what was studied: {beyond}" if beyond else "too close"
+        quantities = [WORDS[name].quantity for name in own.strange]
+        beyond = ", ".join(quantities).format(kind=verdict.given.kind)
+        why = f"beyond what was studied: {beyond}" if beyond else _missed(verdict)
         said = [
             f"cannot tell {first.method} from {second.method} ({why})",
             f"  {first.method}, {first.reason}",
@@ -92,11 +90,20 @@ def lines(verdict: Verdict) -> list[str]:
         f"  costs: {first.cost}",
         f"  would change it: {first.would_change}",
         f"  runner-up {second.method}, {second.reason}",
-        f"  then {', '.join(a.method for a in rest)}",
     ]
-    if verdict.label_source in (None, "rm_same"):
-        said.append(f"  {SAME if verdict.label_source else NOBODY}")
+    if rest:
+        said.append(f"  then {', '.join(a.method for a in rest)}")
+    if verdict.given.label_source in (None, "rm_same"):
+        said.append(f"  {SAME if verdict.given.label_source else NOBODY}")
     return said
+
+
+def _missed(verdict: Verdict) -> str:
+    whose = "advice" if verdict.given.label_source is None else "advice for such labels"
+    return (
+        f"{whose} has missed {verdict.advised.loss:.2f} of what could be gained, where the goal "
+        f"is {GOAL:.2f}"
+    )
 
 
 def validated() -> str:

@@ -11,7 +11,7 @@ class Words:
     """How a sign is said: of a value, and as a quantity that can change."""
 
     said: str
-    """With {} for the value."""
+    """With {} for the value, {kind} for that of the rows."""
     quantity: str
     exponential: bool = False
     """The sign is a logarithm; values are said without it."""
@@ -28,8 +28,8 @@ WORDS: dict[str, Words] = {
         "the budget buys {} fresh labelled responses", "fresh labelled responses in the budget",
         True, _COUNT,
     ),
-    "log_pairs": Words("there are {} pairs", "pairs", True, _COUNT),
-    "log_epochs": Words("the budget reads the pairs {} times", "epochs in the budget", True),
+    "log_pairs": Words("there are {} {kind}", "{kind}", True, _COUNT),
+    "log_epochs": Words("the budget reads the {kind} {} times", "epochs in the budget", True),
     "log_beta": Words("a nat of KL costs {} of reward", "beta", True),
     "log_sample_price": Words(
         "drawing a response costs about {} of training on it", "the price of a sample", True
@@ -85,7 +85,7 @@ _OF_SOURCE = {
 """Signs that are another one for one label source, and 0 for all others."""
 QUANTITIES = {
     "budget": Words("", "the budget, in responses trained on,", form=_COUNT),
-    "pairs": Words("", "the number of pairs", form=_COUNT),
+    "pairs": Words("", "the number of {kind}", form=_COUNT),
     "label_price": Words("", "the price of a label", form="{:.3g}"),
     "sample_price": Words("", "the price of a sample", form="{:.3g}"),
     "beta": Words("", "beta", form="{:.3g}"),
@@ -98,8 +98,15 @@ def plain_sign(name: str) -> str:
     return _OF_SOURCE.get(name, name)
 
 
+def is_of_labels(name: str) -> bool:
+    """Whether a sign means nothing where nobody judges."""
+    return name.startswith("is_") or name in _OF_SOURCE or name == "log_fresh"
+
+
 def reason(name: str, value: float | None, known: Circumstances) -> str | None:
     """What a sign says, in words; None where it is not known."""
     if name.startswith("is_"):
         return SOURCE.get(known.source)
-    return None if value is None else WORDS[name].said.format(WORDS[name].value(value))
+    if value is None:
+        return None
+    return WORDS[name].said.format(WORDS[name].value(value), kind=known.kind)

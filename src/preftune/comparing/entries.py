@@ -10,6 +10,15 @@ from preftune.building import method_of
 from preftune.config import Config
 from preftune.errors import UserError
 
+SHARED = (
+    "model", "reference", "reward", "reward_weights", "gold", "label_source", "data", "eval_data",
+    "prompts", "max_rows", "bad_rows", "follow", "seed", "max_new_tokens", "min_new_tokens", "stop",
+    "temperature", "top_p", "top_k", "template", "system_prompt", "max_length", "truncation",
+    "device", "threads",
+)  # fmt: skip
+"""Settings that all methods have alike: what they start from, are trained on and are judged by."""
+DECIDED = ("max_steps", "epochs", "eval_fraction", "eval_every", "best_by", "output", "resume")
+"""Settings of a run that the comparison itself makes."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}")
 
 
@@ -59,16 +68,16 @@ def make(
     strangers = [name for name in own if name not in listed]
     if strangers:
         raise UserError(f"methods: '{strangers[0]}' has settings and is not among --methods.")
-    found = [_entry(name, common, own.get(name, {}), overrides, listed) for name in listed]
+    found = [_entry(name, own.get(name, {}), overrides, listed) for name in listed]
     for entry in found:
+        _check_own(entry)
         _check(entry, common)
     return found
 
 
 def _entry(
-    name: str, common: Mapping[str, Any], own: Mapping[str, Any],
-    overrides: Mapping[str, Any], listed: Sequence[str],
-) -> Entry:  # fmt: skip
+    name: str, own: Mapping[str, Any], overrides: Mapping[str, Any], listed: Sequence[str]
+) -> Entry:
     if _NAME.fullmatch(name) is None:
         raise UserError(f"--methods: '{name}' is no name. Use letters, digits and _ . + -")
     settings: dict[str, Any] = {"method": name, **own}
@@ -90,6 +99,19 @@ def _entry(
             ]
             raise UserError(f"--set {path}: there is no '{place}'.{configs.suggest(place, known)}")
     return Entry(name=name, settings=settings, overrides=terms)
+
+
+def _check_own(entry: Entry) -> None:
+    """A method's own settings leave what it is compared by alone."""
+    for key in entry.settings:
+        if key in SHARED:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(
+                f"{entry.name}: '{key}' of one method would make its figures those of something "
+                f"else. Leave it out there, and give it for all of them, as {flag}."
+            )
+        if key in DECIDED:
+            raise UserError(f"{entry.name}: '{key}' is what compare decides. Leave it out.")
 
 
 def _check(entry: Entry, common: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 
 from preftune import huggingface, startup
 from preftune.comparing import locks, running
-from preftune.comparing.job import Job, read, result_of, result_path, write, write_result
-from preftune.errors import Saved
+from preftune.comparing.job import RUNS, Job, read, result_of, result_path, write, write_result
+from preftune.errors import Saved, UserError
 from preftune.policies.blocks import free_memory
+from preftune.runs import RunFolder
 from preftune.signals import Signals
 
 BYTES = 9.0
@@ -27,8 +28,16 @@ LOOK = 0.5
 """Seconds between looks into the folder."""
 PATIENT = 60.0
 """Seconds that a worker has to save its run when it is asked to end."""
+CANNOT, SAVED = 2, 75
+"""A worker's exit codes: jobs cannot be run here; it was asked to end."""
+REASON = "cannot run here: "
+"""Begins the line of a worker's log that says why."""
 Tick = Callable[[int, int, str], None]
 """(jobs done, of, what is running)."""
+
+
+class MayPass(UserError):
+    """What stopped a comparison may be over later: the folder stays, to be gone on with."""
 
 
 def take(folder: Path, keys: Sequence[str] | None = None) -> tuple[Job, locks.Lock] | None:
@@ -44,6 +53,9 @@ def take(folder: Path, keys: Sequence[str] | None = None) -> tuple[Job, locks.Lo
         if lock is None:
             continue
         if result_path(folder, job.key).is_file():  # it ended between the two looks
+            lock.release()
+            continue
+        if RunFolder.is_busy(folder / RUNS / job.key):  # who lost it has not ended yet
             lock.release()
             continue
         if locks.deaths(folder, job.key, lock.number) >= DEATHS:
@@ -63,12 +75,23 @@ def _died(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def work(folder: Path, keys: Sequence[str] | None = None) -> bool:
-    """Run one job in this process; False where there is none to take."""
+def work(
+    folder: Path, keys: Sequence[str] | None = None, *,
+    threads: int = 1, device: str = "auto",
+) -> bool:  # fmt: skip
+    """Run one job in this process; False where there is none to take.
+
+    Args:
+        threads, device: of this machine, whatever those are of who put the job up.
+
+    Raises:
+        Unable: it cannot be begun here; it is left to others.
+    """
     taken = take(folder, keys)
     if taken is None:
         return False
     job, lock = taken
+    job = replace(job, settings={**job.settings, "threads": threads, "device": device})
 
     def tell(step: int, total: int) -> None:
         lock.said |= {"step": step, "total": total, "entry": job.entry, "kind": job.kind}
@@ -104,8 +127,13 @@ class Fleet:
     """Processes; 0: jobs are run in this one."""
     threads: int = 1
     """Of each process."""
+    device: str = "auto"
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _held: ExitStack = field(default_factory=ExitStack)
+    _died: int = 0
+    """Workers that ended by themselves, one after another, since this machine last ended a job."""
+    _ended: int = 0
+    """Jobs that this machine had ended then."""
 
     def __enter__(self) -> "Fleet":
         self._signals = self._held.enter_context(Signals())
@@ -129,6 +157,7 @@ class Fleet:
         """What the jobs gave, by key, once all of them have ended, here or elsewhere.
 
         Raises:
+            UserError: this machine cannot run them.
             KeyboardInterrupt, Saved: this process was asked to end.
         """
         for job in jobs:
@@ -139,13 +168,16 @@ class Fleet:
             tick(done, len(keys), "; ".join(said))
             if done == len(keys):
                 break
-            self._check()
-            if self.workers or not work(self.folder, keys):
+            self._check(keys)
+            if self.workers or not self._work(keys):
                 time.sleep(LOOK)
         found = {key: result_of(self.folder, key) for key in keys}
         return {key: result for key, result in found.items() if result is not None}
 
-    def _check(self) -> None:
+    def _work(self, keys: Sequence[str]) -> bool:
+        return work(self.folder, keys, threads=self.threads, device=self.device)
+
+    def _check(self, keys: Sequence[str]) -> None:
         """End where this process is asked to; start anew what has died."""
         if self._signals.asked is not None:
             import signal
@@ -154,16 +186,44 @@ class Fleet:
                 raise KeyboardInterrupt
             raise Saved(f"go on with --output {self.folder} --resume")
         for number, process in enumerate(self._processes):
-            if process.poll() is not None:
+            code = process.poll()
+            if code is not None:
+                self._look_into(number, code, keys)
                 self._processes[number] = self._start(number)
 
+    def _look_into(self, number: int, code: int, keys: Sequence[str]) -> None:
+        """Why a worker ended.
+
+        Raises:
+            UserError: the next one would, too.
+        """
+        said = self._log(number).read_text("utf-8", errors="replace").strip().split("\n")
+        if code == CANNOT:
+            reasons = (line for line in reversed(said) if line.startswith(REASON))
+            raise UserError(next(reasons, said[-1]).removeprefix(REASON))
+        ended = sum(result_path(self.folder, k).is_file() and locks.is_ours(self.folder, k)
+                    for k in keys)  # fmt: skip
+        if ended != self._ended:
+            self._died, self._ended = 0, ended
+        self._died += code != SAVED
+        if self._died > DEATHS * self.workers:  # else a job is given up first, as one that failed
+            raise MayPass(
+                f"workers: {self._died} processes ended one after another without ending a job "
+                f"(exit code {code}). The last words of {self._log(number)}: {said[-1]}. Mend that "
+                f"(is the disk full?), then --output {self.folder} --resume."
+            )
+
+    def _log(self, number: int) -> Path:
+        return self.folder / "logs" / f"worker-{os.getpid()}-{number}.log"
+
     def _start(self, number: int) -> subprocess.Popen[bytes]:
-        log = self.folder / "logs"
-        log.mkdir(parents=True, exist_ok=True)
+        log = self._log(number)
+        log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "preftune.comparing.worker", str(self.folder)]
-        with open(log / f"worker-{os.getpid()}-{number}.log", "ab") as out:
+        command += [str(self.threads), self.device]
+        with open(log, "ab") as out:
             return subprocess.Popen(
-                [*command, str(self.threads)], env=dict(self._environment(number)),
+                command, env=dict(self._environment(number)),
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,  # Ctrl-C is ours: we tell it to save
             )  # fmt: skip

@@ -13,6 +13,8 @@ from preftune.runs import dumps
 Kind = Literal["timing", "reference", "selection", "final"]
 JOBS, RESULTS, RUNS, DATA = "jobs", "results", "runs", "data"
 """Folders of a comparison."""
+OF_MACHINE = ("threads", "device")
+"""Settings of whoever runs a job, not of the job."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,14 @@ SILENT = 180.0
 
 
 def this_host() -> str:
-    """This machine since it was started: after that its process numbers mean nothing."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
+    """Where a process number means this process: this machine since it was started, and of its
+    containers this one."""
+    parts = [socket.gethostname()]
     with suppress(OSError):
-        return f"{socket.gethostname()}/{boot.read_text().strip()}"
-    return socket.gethostname()
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "/".join(parts)
 
 
 def _begun(pid: int) -> str:
@@ -123,10 +126,19 @@ def forget(folder: Path, key: str) -> None:
 
 def held(folder: Path, key: str) -> dict[str, Any] | None:
     """What the holder of a job says; None where nobody has it."""
-    place = folder / LOCKS
-    number = max(_numbers(place, key), default=0)
-    path = place / f"{key}.{number}"
-    return None if number == 0 or _is_gone(path) else _read(path)
+    path = _newest(folder, key)
+    return None if path is None or _is_gone(path) else _read(path)
+
+
+def is_ours(folder: Path, key: str) -> bool:
+    """Whether it was a process of this machine that held the job last."""
+    path = _newest(folder, key)
+    return path is not None and _read(path).get("host") == this_host()
+
+
+def _newest(folder: Path, key: str) -> Path | None:
+    number = max(_numbers(folder / LOCKS, key), default=0)
+    return folder / LOCKS / f"{key}.{number}" if number else None
 
 
 def _numbers(place: Path, key: str) -> list[int]:

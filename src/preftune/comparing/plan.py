@@ -256,7 +256,8 @@ def _cut_words(wanted: Plan, found: Plan, *, own_length: bool) -> list[str]:
 
 def again(plan: Plan, asked: Asked, costs: Mapping[str, Cost], left: float) -> Plan:
     """The plan of the final runs, once rates are chosen and `left` seconds remain of the budget:
-    what was slower than the timing said is made good by fewer seeds, then by shorter runs."""
+    what was slower than the timing said is made good by shorter runs, as long as they have enough
+    updates, then by fewer seeds, too."""
     if _fits_again(plan, asked, costs, left):
         return plan
     enough = min(LEAST_UPDATES, *plan.updates.values())

@@ -2,6 +2,7 @@
 are chosen, by the others methods are compared. What chose a rate must not judge it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ SHARE = 1 / 3
 MOST_SELECTION, MOST_FINAL = 24, 64
 LEAST_SELECTION, LEAST_FINAL, LEAST_TRAINED = 3, 6, 9
 """Prompts."""
+SPLIT = "split.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +51,29 @@ def held_out_file(folder: Path, kind: str) -> Path:
     return folder / DATA / f"{'final' if kind in ('final', 'reference') else 'selection'}.jsonl"
 
 
-def split(config: Config, folder: Path) -> Split:
-    """Write the rows and prompts into the folder; the same from the same data and seed.
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Rows and prompts of each kind, by the name of their file."""
+
+    kept: dict[str, list[Example]]
+    """train, prompts: what is trained on."""
+    held: dict[str, dict[str, Example]]
+    """selection, final."""
+    split: Split
+
+
+def there(folder: Path) -> Split | None:
+    """What `write` has left in the folder; None where it has not."""
+    done = folder / DATA / SPLIT
+    return Split(**json.loads(done.read_text("utf-8"))) if done.is_file() else None
+
+
+def cut(config: Config) -> Cut:
+    """The rows and prompts; the same from the same data and seed.
 
     Raises:
         UserError: the data cannot be used, or have too few prompts.
     """
-    done = folder / DATA / "split.json"
-    if done.is_file():
-        return Split(**json.loads(done.read_text("utf-8")))
     rows = _load(config, config.data, "any") if config.data else []
     drawn = _load(config, config.prompts, "prompts") if config.prompts else []
     asked = _load(config, config.eval_data, "prompts") if config.eval_data else None
@@ -68,18 +84,23 @@ def split(config: Config, folder: Path) -> Split:
             {"train": rows, "prompts": drawn}.items()}  # fmt: skip
     count = len(_by_prompt([*kept["train"], *kept["prompts"]]))
     _check(count, held, given=asked is not None)
-    (folder / DATA).mkdir(parents=True, exist_ok=True)
-    for name, path in (("train", train_file(folder)), ("prompts", prompts_file(folder))):
-        if kept[name]:
-            _write(path, [e.as_row() for e in kept[name]])
-    for name, own in held.items():
-        _write(held_out_file(folder, name), [_prompt_row(e) for e in own.values()])
     found = Split(
         rows=len(kept["train"]) or len(kept["prompts"]), train=count,
         selection=len(held["selection"]), final=len(held["final"]), given=asked is not None,
     )  # fmt: skip
-    durable.write_text(done, dumps(vars(found)) + "\n")
-    return found
+    return Cut(kept=kept, held=held, split=found)
+
+
+def write(cut: Cut, folder: Path) -> Split:
+    """Write the files of `cut` into the folder."""
+    (folder / DATA).mkdir(parents=True, exist_ok=True)
+    for name, path in (("train", train_file(folder)), ("prompts", prompts_file(folder))):
+        if cut.kept[name]:
+            _write(path, [e.as_row() for e in cut.kept[name]])
+    for name, own in cut.held.items():
+        _write(held_out_file(folder, name), [_prompt_row(e) for e in own.values()])
+    durable.write_text(folder / DATA / SPLIT, dumps(vars(cut.split)) + "\n")  # all are there
+    return cut.split
 
 
 def _load(config: Config, source: str | None, want: str) -> list[Example]:
@@ -135,7 +156,7 @@ def _check(count: int, held: Mapping[str, Mapping[str, Example]], *, given: bool
         )
     raise UserError(
         f"data: {count + selection + final} prompts are too few to hold some of them out. Give at "
-        f"least {3 * least}, or held-out ones of their own with --eval-data."
+        f"least {math.ceil((least - 0.5) / SHARE)}, or held-out ones of their own with --eval-data."
     )
 
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from preftune.comparing import statistics, wording
 from preftune.comparing.job import read, result_of
+from preftune.comparing.running import STOPPED
 from preftune.counting import COUNTS
 from preftune.report.read import best_of_kl
 
@@ -17,6 +18,14 @@ FIGURES = ("reward", "gold", "kl", "length", "entropy", "no_end")
 SHOWN = ("response", "reward", "tokens", "finished")
 TEXTS = 8
 """Held-out prompts whose answers are shown."""
+
+
+class Failure(NamedTuple):
+    """Of all runs of a competitor."""
+
+    message: str
+    why: str
+    """As results have it: stopped by a guard, refused, failed."""
 
 
 def choice(grid: Sequence[float], found: Mapping[str, Result], entry: str) -> dict[str, Any]:
@@ -32,14 +41,14 @@ def choice(grid: Sequence[float], found: Mapping[str, Result], entry: str) -> di
     for rate in grid:
         result = found[f"rate-{entry}-{rate:.3g}"]
         if "failed" in result:
-            rows.append({"rate": rate, "failed": result["failed"]})
+            rows.append({"rate": rate, "failed": result["failed"], "why": result["why"]})
             continue
         values = matrix([result], "reward")
         rows.append({"rate": rate, "reward": float(values.mean()), "prompts": values.shape[1]})
     sound = [row for row in rows if math.isfinite(row.get("reward", math.nan))]
     if not sound:
-        for row in rows:
-            row.setdefault("failed", "the reward is not finite")
+        for row in (row for row in rows if "failed" not in row):
+            row |= {"failed": "the reward is not finite", "why": STOPPED}
         return {"rate": None, "grid": rows, "chosen": False, "edge": None}
     best = max(sound, key=lambda row: (row["reward"], -row["rate"]))["rate"]
     edge = {min(grid): "lowest", max(grid): "highest"}.get(best) if len(grid) > 2 else None
@@ -56,14 +65,15 @@ def matrix(runs: Sequence[Result], name: str) -> np.ndarray:
 
 def summarise(
     folder: Path, request: Mapping[str, Any], plan: Mapping[str, Any],
-    chosen: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str], held: Mapping[str, Any],
+    chosen: Mapping[str, Mapping[str, Any]], failures: Mapping[str, Failure],
+    held: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that page and terminal show.
 
     Args:
         request, plan: plain.
         chosen: of each competitor, `choice`.
-        failures: of those that could not be run, why.
+        failures: of those that could not be run.
         held: how the prompts were split.
     """
     finals = _finals(folder)
@@ -108,6 +118,8 @@ def _method(
 ) -> dict[str, Any]:  # fmt: skip
     """One competitor."""
     sound = [r for r in runs if "failed" not in r]
+    for result in sound:
+        assert chosen and result["rate"] == chosen["rate"], "judged runs have the chosen rate"
     own: dict[str, Any] = {
         "name": name, "rate": chosen and chosen["rate"], "choice": chosen,
         "planned": plan["updates"].get(name), "runs": [r["seed"] for r in sound],
@@ -199,11 +211,11 @@ def _better(a: str, b: str, e: statistics.Estimate, adjusted: float | None) -> s
 
 
 def _failed(
-    finals: Mapping[str, Sequence[Result]], failures: Mapping[str, str],
+    finals: Mapping[str, Sequence[Result]], failures: Mapping[str, Failure],
     chosen: Mapping[str, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Every run that gave no figures."""
-    out = [{"method": n, "what": "all of its runs", "message": why} for n, why in failures.items()]
+    """Every run that gave no figures; `why` of those that were to be judged."""
+    out = [{"method": n, "what": "all of its runs", **how._asdict()} for n, how in failures.items()]
     for name, how in chosen.items():
         out += [
             {"method": name, "what": f"learning rate {row['rate']:.3g}", "message": row["failed"]}
@@ -211,7 +223,8 @@ def _failed(
         ]  # fmt: skip
     for name, runs in finals.items():
         out += [
-            {"method": name, "what": f"seed {r['seed']} ({r['why']})", "message": r["failed"]}
+            {"method": name, "what": f"seed {r['seed']} ({r['why']})", "message": r["failed"],
+             "why": r["why"]}
             for r in runs if "failed" in r
         ]  # fmt: skip
     return out

@@ -7,7 +7,8 @@ by prompt later, whatever was run beside them.
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from preftune import config as configs
 from preftune import counting, held_out, judges, loop, resuming, training
 from preftune.comparing import prompts
+from preftune.comparing.costs import CURVE_POINTS
 from preftune.comparing.job import RUNS, Job
 from preftune.errors import GuardStop, Saved, UserError
 from preftune.evaluate import Answers, best_of_n
@@ -29,12 +31,17 @@ Tell = Callable[[int, int], None]
 """How far a run is: (step, of)."""
 TIMED = 4
 """Updates of a timing run, of which the last two are timed: the first ones find out what works."""
-POINTS = 4
-"""Evaluations on the way of a run, the one at its end among them."""
+POINTS = CURVE_POINTS + 1
+"""Evaluations of a run, the one at its end among them."""
 SHOWN = 12
 """Answers whose text is kept."""
 STOPPED, REFUSED, FAULT = "stopped by a guard", "refused", "failed"
 """Why a run has no figures."""
+
+
+class Unable(UserError):
+    """A run that cannot be begun here, which says nothing of it elsewhere: a model that is not on
+    this machine, a device that it has not. No result."""
 
 
 def run(job: Job, folder: Path, tell: Tell = lambda step, total: None) -> dict[str, Any]:
@@ -44,13 +51,14 @@ def run(job: Job, folder: Path, tell: Tell = lambda step, total: None) -> dict[s
         folder: the comparison's.
 
     Raises:
+        Unable: it cannot be begun on this machine.
         Saved, KeyboardInterrupt: it was asked to end; what it did is saved.
     """
     found: dict[str, Any] = {"key": job.key, "kind": job.kind, "entry": job.entry, "seed": job.seed}
     try:
         done = _reference(job, folder) if job.kind == "reference" else _trained(job, folder, tell)
         return found | done
-    except Saved:
+    except (Saved, Unable):
         raise
     except GuardStop as error:
         found["failed"], found["why"] = _first_line(error), STOPPED
@@ -75,18 +83,30 @@ def _settings(job: Job, folder: Path) -> dict[str, Any]:
     return {**job.settings, **found, "output": str(folder / RUNS / job.key), "resume": True}
 
 
+@contextmanager
+def _beginning(job: Job) -> Iterator[None]:
+    """What is wrong before the first update is so with this machine, or with settings of all."""
+    try:
+        yield
+    except UserError as error:
+        name = "the untrained model" if job.kind == "reference" else job.entry
+        raise Unable(f"{name}: {_first_line(error)}") from error
+
+
 def _trained(job: Job, folder: Path, tell: Tell) -> dict[str, Any]:
     """Train, then answer the held-out prompts."""
     began = time.perf_counter()
     values = _settings(job, folder)
     output = Path(values["output"])
-    with RunFolder.held(output):
-        _take_up(output, values)
-        parts = prepare(configs.load(resuming.resumed(values)), overrides=job.overrides)
-        settings = make_settings(parts)
-        if job.curve:
-            settings = replace(settings, eval_every=-(-settings.max_steps // POINTS))
-        run_folder = resuming.open_folder(parts, resolved_config(parts, settings))
+    with ExitStack() as held:
+        with _beginning(job):
+            held.enter_context(RunFolder.held(output))
+            _take_up(output, values)
+            parts = prepare(configs.load(resuming.resumed(values)), overrides=job.overrides)
+            settings = make_settings(parts)
+            if job.curve:
+                settings = replace(settings, eval_every=-(-settings.max_steps // POINTS))
+            run_folder = resuming.open_folder(parts, resolved_config(parts, settings))
         training.keep_answers(parts, run_folder)
         watch = _Watch(job, parts, run_folder, settings.max_steps, tell)
         watch.ready = time.perf_counter()
@@ -153,7 +173,7 @@ class _Watch:
 
     def evaluate(self, step: int, last: bool) -> dict[str, Any]:
         """Figures on the way; those of the end are measured apart, on all prompts."""
-        if not self.job.curve or step in (0, self.total):
+        if not self.job.curve or last or step == 0:
             return {}
         answers = held_out.held_out_answers(self.parts, self.parts.policy, self.job.curve)
         found = per_prompt(self.parts, answers)
@@ -179,7 +199,9 @@ class _Watch:
 def _reference(job: Job, folder: Path) -> dict[str, Any]:
     """What the untrained model answers, several times to each prompt, and its best of n."""
     began = time.perf_counter()
-    parts = prepare(configs.load({**_settings(job, folder), "resume": False}))
+    values = {**_settings(job, folder), "resume": False}
+    with _beginning(job):
+        parts = prepare(configs.load(values), overrides=job.overrides)
     policy = parts.reference or parts.policy
     # its KL to itself is not asked for
     answers = held_out.held_out_answers(

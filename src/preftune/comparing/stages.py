@@ -17,10 +17,11 @@ from preftune.comparing import costs as costs_of
 from preftune.comparing import locks, plan, prompts, results, running
 from preftune.comparing.costs import Cost
 from preftune.comparing.entries import Entry
-from preftune.comparing.fleet import Fleet
-from preftune.comparing.job import Job, Kind, result_path
+from preftune.comparing.fleet import Fleet, MayPass
+from preftune.comparing.job import OF_MACHINE, Job, Kind, result_path
 from preftune.comparing.plan import Asked, Plan
 from preftune.comparing.request import Request
+from preftune.comparing.results import Failure
 from preftune.errors import UserError
 from preftune.runs import dumps
 
@@ -28,6 +29,8 @@ Stage = Callable[[str], Callable[[int, int, str], None]]
 """The name of a stage to its progress."""
 CHOICE_SEED = 1000
 """Added to the first seed: rates are chosen by a run that is not among those that are judged."""
+PLAN, CHOSEN, FINAL = "plan.json", "chosen", "final.json"
+"""What is decided once: the budget's division, each competitor's rate, the final runs."""
 ORDER = {"timing": 0, "reference": 1, "selection": 2, "final": 3}
 TIMING_PROMPTS = 8
 
@@ -48,17 +51,23 @@ def once(path: Path, value: Any) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
+def is_settled(folder: Path, kind: Kind, entry: str) -> bool:
+    """Whether what such a run of a competitor decides is decided."""
+    decided = {"timing": folder / PLAN, "selection": folder / CHOSEN / f"{entry}.json"}
+    return kind in decided and decided[kind].is_file()
+
+
 class Stages:
     """What is run one after another; each stage's jobs beside one another."""
 
     def __init__(
         self, request: Request, folder: Path, fleet: Fleet, held: prompts.Split,
-        workers: int, threads: int, stage: Stage,
+        workers: int, stage: Stage,
     ) -> None:  # fmt: skip
         self.request, self.folder, self.fleet, self.held = request, folder, fleet, held
-        self.workers, self.threads, self.stage = workers, threads, stage
-        self.failures: dict[str, str] = {}
-        """Competitors that cannot be run, and why."""
+        self.workers, self.stage = workers, stage
+        self.failures: dict[str, Failure] = {}
+        """Competitors that cannot be run."""
         self.timing: dict[str, dict[str, Any]] = {}
         self.spent: dict[str, float] = {}
 
@@ -78,12 +87,12 @@ class Stages:
         order: int, **more: Any,
     ) -> Job:  # fmt: skip
         """A run of a competitor."""
-        left_out = ("data", "eval_data", "eval_fraction", "prompts", "output", "resume", "epochs")
+        own = ("data", "eval_data", "eval_fraction", "prompts", "output", "resume", "epochs")
+        left_out = (*own, *OF_MACHINE)
         common = {k: v for k, v in self.request.settings.items() if k not in left_out}
         facts = self.timing.get(entry.name, {}).get("facts", {})
         told = {"label_source": facts.get("label_source")} if facts.get("label_source") else {}
         values = {**common, **told, **entry.settings, "seed": seed, "max_steps": updates}
-        values["threads"] = self.threads
         if rate is not None:
             values["learning_rate"] = rate
         if kind == "selection":
@@ -114,10 +123,11 @@ class Stages:
                 locks.forget(self.folder, result["key"])
                 result_path(self.folder, result["key"]).unlink(missing_ok=True)
             raise UserError(f"{refused[0]['entry']}: {refused[0]['failed']}")
-        self.failures = {r["entry"]: r["failed"] for r in found.values() if "failed" in r}
+        self.failures = {
+            r["entry"]: Failure(r["failed"], r["why"]) for r in found.values() if "failed" in r
+        }
         if len(self.timing) < 2:
-            words = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
-            raise UserError(f"--methods: fewer than two can be run here. {words}")
+            raise self._too_few()
         # a process's first run loads libraries, too, which the ones that follow do not
         ready = min(t["seconds"]["ready"] for t in self.timing.values())
         answer = max(_answer(t) for t in found.values())
@@ -125,14 +135,23 @@ class Stages:
         answer = answer or max(c.update for c in costs.values())  # the one that was to tell failed
         return {name: replace(c, ready=ready, answer=answer) for name, c in costs.items()}
 
+    def _too_few(self) -> UserError:
+        words = "; ".join(f"{name}: {how.message}" for name, how in self.failures.items())
+        message = f"--methods: fewer than two can be run here. {words}"
+        if any(how.why == running.FAULT for how in self.failures.values()):
+            return MayPass(f"{message}. --output {self.folder} --resume tries them again.")
+        return UserError(message)
+
     def plan(self, costs: Mapping[str, Cost], left: float | None) -> Plan:
         """How the budget is divided; settled once."""
-        settled = self.folder / "plan.json"
-        if settled.is_file():
-            return plan.from_plain(json.loads(settled.read_text("utf-8")))
-        asked = self._asked(left)
-        made = plan.divide(asked, costs)
-        return plan.from_plain(once(settled, plan.plain(made)))
+        settled = self.folder / PLAN
+        if not settled.is_file():
+            made = once(settled, plan.plain(plan.divide(self._asked(left), costs)))
+        else:
+            made = json.loads(settled.read_text("utf-8"))
+        for name in (e.name for e in self.entries if e.name not in made["updates"]):
+            self.failures[name] = Failure("it failed when the budget was divided", running.FAULT)
+        return plan.from_plain(made)
 
     def _asked(self, left: float | None) -> Asked:
         r = self.request
@@ -175,14 +194,14 @@ class Stages:
         entry = self.entries[0]
         job = self._job("reference", entry, "reference", seed=self._seed, updates=1, rate=None,
                         order=0, prompts=made.final, samples=made.samples)  # fmt: skip
-        return replace(job, entry="reference", overrides=entry.overrides)
+        return replace(job, entry="reference")
 
     def choose(self, made: Plan, costs: Mapping[str, Cost]) -> dict[str, dict[str, Any]]:
         """The rate of each competitor, and how its grid did; the untrained model's answers."""
         jobs, grids = [self.reference(made)], {}
         for place, entry in enumerate(self._dearest(made, costs)):
             grids[entry.name] = self.rates(made, costs, entry)
-            if len(grids[entry.name]) == 1:
+            if len(grids[entry.name]) == 1 or self._chosen(entry.name).is_file():
                 continue
             for rate in grids[entry.name]:
                 jobs.append(self._job(
@@ -193,11 +212,28 @@ class Stages:
         found = self._finish("learning rates", jobs)
         if "failed" in found["reference"]:
             raise UserError(f"the untrained model: {found['reference']['failed']}")
-        chosen = {n: results.choice(grid, found, n) for n, grid in grids.items()}
+        chosen = {name: self._choice(grid, found, name) for name, grid in grids.items()}
         for name, how in chosen.items():
             if how["rate"] is None:
-                self.failures[name] = f"at every learning rate: {how['grid'][0]['failed']}"
+                first = how["grid"][0]
+                self.failures[name] = Failure(
+                    f"at every learning rate: {first['failed']}", first["why"]
+                )
         return chosen
+
+    def _chosen(self, name: str) -> Path:
+        return self.folder / CHOSEN / f"{name}.json"
+
+    def _choice(self, grid: Sequence[float], found: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """A competitor's rate; settled once there is one, since judged runs are made with it."""
+        settled = self._chosen(name)
+        if settled.is_file():
+            return json.loads(settled.read_text("utf-8"))
+        how = results.choice(grid, found, name)
+        if how["rate"] is None:  # when going on, runs that failed may not
+            return how
+        settled.parent.mkdir(exist_ok=True)
+        return once(settled, how)
 
     def _dearest(self, made: Plan, costs: Mapping[str, Cost]) -> list[Entry]:
         """The longest runs first, so that no process waits for a late one."""
@@ -209,11 +245,11 @@ class Stages:
 
     def settle(self, made: Plan, costs: Mapping[str, Cost], left: float | None) -> Plan:
         """The plan of the final runs; settled once."""
-        settled = self.folder / "final.json"
+        settled = self.folder / FINAL
         if settled.is_file():
             return plan.from_plain(json.loads(settled.read_text("utf-8")))
-        if left is not None:
-            able = {e.name: costs[e.name] for e in self.entries}
+        able = {e.name: costs[e.name] for e in self.entries}
+        if left is not None and able:
             made = plan.again(made, self._asked(left), able, left)
         return plan.from_plain(once(settled, plan.plain(made)))
 

@@ -77,7 +77,7 @@ def _headline(
         return f"No winner: {best['name']} has the highest {said}, within chance of the others."
     if alike:
         return f"{best['name']} leads, but not alone: {said}."
-    return f"{best['name']}: {said}, the best of {len(found['methods'])}."
+    return f"{best['name']}: {said}, the best of {len(beaten) + 1}."  # those that have a result
 
 
 def _from(

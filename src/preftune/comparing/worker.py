@@ -1,4 +1,5 @@
-"""A process that runs jobs of a folder until it is told to end: `python -m ... FOLDER THREADS`."""
+"""A process that runs jobs of a folder until it is told to end: `python -m ... FOLDER THREADS
+DEVICE`."""
 
 import os
 import signal
@@ -9,29 +10,39 @@ from pathlib import Path
 
 import torch
 
-from preftune.comparing.fleet import LOOK, work
+from preftune.comparing.fleet import CANNOT, LOOK, REASON, SAVED, work
+from preftune.comparing.running import Unable
 from preftune.errors import Saved
 
 
-def main(folder: Path, threads: int) -> int:
+class Asked(BaseException):
+    """Asked to end outside of training, where nothing is to be saved. No `Exception`: what a
+    reward raises is caught and told to the user, and this must not be."""
+
+
+def main(folder: Path, threads: int, device: str) -> int:
     """Take and run jobs.
 
     Returns:
-        75 when it was asked to end and saved its run.
+        `SAVED` when it was asked to end and saved its run, `CANNOT` where jobs cannot be run here;
+        why is said on stderr.
     """
     torch.set_num_threads(threads)
     _end_with_parent()
     signal.signal(signal.SIGTERM, _asked)
     try:
         while True:
-            if not work(folder):
+            if not work(folder, threads=threads, device=device):
                 time.sleep(LOOK)
-    except (Saved, KeyboardInterrupt):
-        return 75
+    except (Asked, Saved, KeyboardInterrupt):
+        return SAVED
+    except Unable as error:
+        print(f"{REASON}{error}", file=sys.stderr)
+        return CANNOT
 
 
 def _asked(number: int, frame: object) -> None:
-    raise Saved("asked to end")
+    raise Asked
 
 
 def _end_with_parent() -> None:
@@ -49,4 +60,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

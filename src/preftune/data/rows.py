@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,17 +95,25 @@ class Rows:
             own.extend(more.columns.get(name, [None] * len(more)))
         for name in ("prompts", "responses", "finished", "texts", "where"):
             getattr(self, name).extend(getattr(more, name))
+        self.__dict__.pop("_labels", None)
+
+    @cached_property
+    def _labels(self) -> list[str]:
+        """Columns of labels that hold numbers, and nothing else. All rows decide, not those asked
+        for: a minibatch has the fields of every other."""
+
+        def numeric(values: list[Any]) -> bool:
+            given = [v for v in values if v is not None]
+            return bool(given) and all(isinstance(v, (bool, int, float)) for v in given)
+
+        return [name for name in LABELS if numeric(self.columns.get(name, []))]
 
     def _extra(self, rows: list[int]) -> dict[str, Tensor]:
         extra = {}
-        for name in LABELS:
-            # All rows decide, not those asked for: a minibatch has the fields of every other.
-            if all(v is None for v in self.columns.get(name, [])):
-                continue
-            if all(v is None or isinstance(v, (bool, int, float)) for v in self.columns[name]):
-                values = [self.columns[name][i] for i in rows]
-                numbers = [float("nan") if v is None else float(v) for v in values]
-                extra[name] = torch.tensor(numbers, dtype=torch.float64)
+        for name in self._labels:
+            values = [self.columns[name][i] for i in rows]
+            numbers = [float("nan") if v is None else float(v) for v in values]
+            extra[name] = torch.tensor(numbers, dtype=torch.float64)
         return extra
 
 

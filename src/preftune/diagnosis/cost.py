@@ -1,5 +1,6 @@
 """How much fits a budget of time, told from a short timing before anything else is done."""
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -17,8 +18,6 @@ WITH_KL = 2.0
 answers: three forward passes more. Measured at answers of 16 tokens; less at longer ones."""
 FEWEST = 16
 """Prompts below which a figure's interval says nothing; the tier is left out then."""
-_DATA_SHARE = 0.25
-"""Of the budget, for the data: answers cost more a prompt, and say more."""
 _MEASURED = 0.9
 """Of what is left; the rest is for reading figures off, and for a timing that was lucky."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -42,6 +41,18 @@ def duration(text: str) -> float:
     return float(found[1]) * _UNITS[found[2] or "s"] if found else 0.0
 
 
+def check_prices(*, spend: float | None = None, label_price: float | None = None) -> None:
+    """Refuse what is no price, before anything is measured.
+
+    Raises:
+        UserError: nothing to spend, a price below 0, or no finite number.
+    """
+    if spend is not None and not 0 < spend < math.inf:
+        raise UserError(f"flag '--spend': is {spend:g}. Give a number above 0.")
+    if label_price is not None and not 0 <= label_price < math.inf:
+        raise UserError(f"flag '--label-price': is {label_price:g}. Give a number of 0 or more.")
+
+
 def left(budget: float, spent: float) -> float:
     """Seconds for measuring: what loading and timing took is gone, and figures take some."""
     return max(1.0, _MEASURED * (budget - spent))
@@ -49,16 +60,32 @@ def left(budget: float, spent: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """Seconds of what is done many times."""
+    """Seconds of what is done many times, each part by itself."""
 
     row: float
-    """Scoring the responses of a row."""
+    """Scoring the responses of a row by the reference."""
     prompt: float
-    """Answering a prompt `SAMPLES` times, scoring and judging the answers."""
+    """Answering a prompt `SAMPLES` times by the reference, and scoring the answers by it."""
     drawing: float = 0.0
     """Of that, sampling alone."""
     load: float = 0.0
     """Loading a model and the data."""
+    policy_row: float = 0.0
+    """Scoring the responses of a row by a finished policy, too."""
+    judged_row: float = 0.0
+    """Judging the responses of a row."""
+    judged_prompt: float = 0.0
+    """Judging `SAMPLES` answers to a prompt."""
+
+    @property
+    def whole_row(self) -> float:
+        """All that is done of a row."""
+        return self.row + self.policy_row + self.judged_row
+
+    def whole_prompt(self, policies: int) -> float:
+        """All that is done of a prompt, without a probe."""
+        others = (policies - 1) * (WITH_KL * self.prompt + self.judged_prompt)
+        return self.prompt + self.judged_prompt + others
 
     @property
     def probed(self) -> float:
@@ -117,13 +144,14 @@ def sizes(
         policies: whose answers are drawn: 1, or 2 with a finished policy.
         probe: that may be made, if one may.
     """
-    without = _sizes(budget, speeds.row, speeds.prompt * policies, prompts)
+    row, prompt = speeds.whole_row, speeds.whole_prompt(policies)
+    without = _sizes(budget, row, prompt, prompts)
     if probe is None or (budget is None and not probe.asked):
         return without
     training = probe.training(speeds)
     left = None if budget is None else budget - training
     if left is None or left > 0:
-        beside = _sizes(left, speeds.row, speeds.prompt * policies + speeds.probed, prompts)
+        beside = _sizes(left, row, prompt + speeds.probed, prompts)
         if beside.prompts and (probe.asked or not beside.note):
             expected = beside.expected + training
             return replace(beside, expected=expected, probe_steps=probe.steps)
@@ -133,21 +161,23 @@ def sizes(
 
 
 def _sizes(budget: float | None, row: float, prompt: float, prompts: int) -> Sizes:
-    """Without a probe, by seconds a row and a prompt."""
+    """By seconds a row and a prompt: as many prompts as fit with their rows, then more rows."""
     most_rows, most_prompts = min(prompts, ROWS), min(prompts, PROMPTS)
     everything = most_rows * row + most_prompts * prompt
-    if budget is None:
+    if budget is None or everything <= budget:
         return Sizes(rows=most_rows, prompts=most_prompts, expected=everything)
-    share = _DATA_SHARE if everything > budget else 1.0
-    taken = max(min(most_rows, FEWEST), min(most_rows, int(share * budget / row)))
-    left = max(0.0, budget - taken * row)
-    answered = min(most_prompts, int(left / prompt))
+    answered = min(most_prompts, int(budget / (row + prompt)))
+    fewest = min(FEWEST, most_prompts)
+    if answered < fewest:
+        answered = 0
+    fit = int((budget - answered * prompt) / row)
+    taken = max(fewest, answered, min(most_rows, fit))
     said = []
     if taken < most_rows:
         said.append(f"{taken} of {most_rows} rows are scored")
-    if answered < min(FEWEST, most_prompts):
-        answered = 0
-        said.append(f"no answers are drawn: {FEWEST} prompts would take {FEWEST * prompt:.0f} s")
+    if not answered:
+        least = fewest * (row + prompt)
+        said.append(f"no answers are drawn: {fewest} prompts would take {least:.0f} s")
     elif answered < most_prompts:
         said.append(f"{answered} of {most_prompts} prompts are answered")
     note = f"within {budget:.0f} s " + " and ".join(said) if said else ""
@@ -162,6 +192,11 @@ def timed(work: Callable[[], object], count: int) -> float:
     """Seconds that each of `count` things takes; done `TIMES` times, at first to warm up."""
     for _ in range(TIMES - 1):
         work()
+    return took(work) / count
+
+
+def took(work: Callable[[], object]) -> float:
+    """Seconds of doing it once."""
     began = time.perf_counter()
     work()
-    return (time.perf_counter() - began) / count
+    return time.perf_counter() - began

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
-from preftune import automatic, building, fingerprint, judges, loading, phases, rewards
+from preftune import automatic, building, judges, loading, phases, rewards
 from preftune.config import Config
 from preftune.data import Renderer, Rows
 from preftune.data.findings import Health, warnings
 from preftune.data.health import health
-from preftune.diagnosis import cost, measure, probe, reading, trainer
+from preftune.diagnosis import cost, hanging, measure, probe, reading, trainer
 from preftune.diagnosis.measure import Job, Measured
 from preftune.diagnosis.pieces import Pieces
 from preftune.diagnosis.reading import Figures
 from preftune.errors import GuardStop, UserError
 from preftune.estimators.estimate import cannot_tell
+from preftune.policies.scoring import score_all
+from preftune.policies.transformer import Transformer
 from preftune.runs import JUDGED, RunFolder
 
 Tick = Callable[[str], Callable[[int, int], None]]
@@ -75,6 +77,7 @@ def diagnose(
     if config.data is None:
         raise UserError("data: give --data a file or a Hub id, of pairs or completions.")
     allowed = None if budget is None else cost.seconds(budget)
+    cost.check_prices(spend=spend)
     if not building.decoding_of(config).unmodified:
         raise UserError(
             "diagnose needs samples of the reference's own distribution: leave temperature, "
@@ -162,10 +165,6 @@ def plain_health(found: Health) -> dict[str, Any]:
     }
 
 
-_NOT_MEASURED = {"output", "resume", "threads", "learning_rate", "batch_size"}
-"""Settings that change nothing but a probe, which has pieces of its own."""
-
-
 def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], list[str], Health]:
     """The models, the rows and the judge; and how the rows are."""
     reward = judges.make_reward(config.reward, config.reward_weights)
@@ -183,14 +182,9 @@ def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], l
     notes = [loading.describe(rows, report, len(refused))]
     if rewards.is_open(reward):
         reward = reward and rewards.aimed(reward, judges.measured_mode(reference, rows))
-    other = None if policy is None else loading.model_of(config, policy)[0]
-    identity = {"model": fingerprint.of_weights(reference.model), "rows": _digest(rows)}
-    settings = {
-        **identity,
-        "policy": None if other is None else fingerprint.of_weights(other.model),
-        "reward": None if reward is None else reward.name,
-        "config": config.model_dump(exclude=_NOT_MEASURED, mode="json"),
-    }
+    other = None if policy is None else _finished(config, policy, reference)
+    identity = hanging.of_models(reference, rows)
+    settings = hanging.of_pieces(config, identity, reference, other, rows, reward)
     folder = None if config.output is None else Path(config.output)
     if reward is not None and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,6 +208,22 @@ def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], l
     return job, facts, notes, _health(config, rows, renderer)
 
 
+def _finished(config: Config, policy: str, reference: Transformer) -> Transformer:
+    """The policy that is diagnosed.
+
+    Raises:
+        UserError: its tokens are not the reference's.
+    """
+    found = loading.model_of(config, policy)[0]
+    mine, theirs = (p.model.config.vocab_size for p in (found, reference))
+    if mine != theirs:
+        raise UserError(
+            f"policy '{policy}': has {mine} tokens, the model {theirs}. "
+            "Give the model that it was trained from as --model."
+        )
+    return found
+
+
 def _health(config: Config, rows: Rows, renderer: Renderer) -> Health:
     held_out = None
     if config.eval_data is not None:
@@ -226,21 +236,41 @@ def _health(config: Config, rows: Rows, renderer: Renderer) -> Health:
     )  # fmt: skip
 
 
-def _digest(rows: Rows) -> str:
-    return fingerprint.digest(json.dumps([rows.prompts, rows.responses]))
-
-
 def _speeds(job: Job, different: torch.Tensor, load: float) -> cost.Speeds:
-    """Seconds a row and a prompt, by doing a few twice."""
-    few = different[:TIMED]
-    bare = replace(job, pieces=Pieces(None, ""))
+    """Seconds of each part of the work, by doing a few twice, and judging them once."""
+    few, other = different[:TIMED], job.policy
+    bare = replace(job, policy=None, judge=None, pieces=Pieces(None, ""))
     with phases.recording() as spent:
         prompt = cost.timed(lambda: measure.drawn(bare, few, cost.SAMPLES), len(few))
     drawing = sum(spent.seconds.get(name, 0.0) for name in ("prefill", "decode"))
+    row = cost.timed(lambda: measure.data(bare, few), len(few))
+    by_policy = 0.0
+    if other is not None:
+        own = job.rows.samples(few)
+        by_policy = cost.timed(lambda: score_all(other, own, job.budget), len(few))
+    judged_row, judged_prompt = _judging(job, few)
     return cost.Speeds(
-        row=cost.timed(lambda: measure.data(bare, few), len(few)), prompt=prompt,
-        drawing=drawing / (cost.TIMES * len(few)), load=load,
+        row=row, prompt=prompt, drawing=drawing / (cost.TIMES * len(few)), load=load,
+        policy_row=by_policy, judged_row=judged_row, judged_prompt=judged_prompt,
     )  # fmt: skip
+
+
+def _judging(job: Job, few: torch.Tensor) -> list[float]:
+    """Seconds of judging a row, and a prompt's answers.
+
+    Told once: a judge's answers are kept, so that asking again would take no time.
+    """
+    judge = job.judge
+    if judge is None:
+        return [0.0, 0.0]
+
+    def timed() -> dict[str, torch.Tensor]:
+        drawn = measure.answers(job, job.reference, few, cost.SAMPLES, "reference")
+        both = (job.rows.samples(few), drawn)
+        took = [cost.took(lambda s=samples: judge(s)) / len(few) for samples in both]
+        return {"seconds": torch.tensor(took, dtype=torch.float64)}
+
+    return job.pieces.get("judging", few, timed)["seconds"].tolist()
 
 
 def save(whole: Mapping[str, Any], output: Path) -> None:

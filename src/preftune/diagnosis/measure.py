@@ -146,7 +146,7 @@ def drawn(
     """Answers of the reference to the prompts of `rows`."""
 
     def one(index: Tensor) -> dict[str, Tensor]:
-        return _surveyed(job, _answers(job, job.reference, index, num_responses, "reference"))
+        return _surveyed(job, answers(job, job.reference, index, num_responses, "reference"))
 
     name = f"drawn-{num_responses}"
     return _in_pieces(job, name, rows, PROMPTS_AT_ONCE, one, tick)
@@ -171,7 +171,7 @@ def own(
 
     def one(index: Tensor) -> dict[str, Tensor]:
         policy = of()
-        samples = _answers(job, policy, index, num_responses, stream)
+        samples = answers(job, policy, index, num_responses, stream)
         found = _surveyed(job, samples, policy=policy)
         found["step_kl"] = torch.zeros(samples.mask.shape)
         for part in micro_batches(samples, job.budget):
@@ -202,7 +202,8 @@ def rescored(
     return replace(surveyed, logp=torch.cat(found))
 
 
-def _answers(job: Job, of: Transformer, rows: Tensor, num_responses: int, name: str) -> Samples:
+def answers(job: Job, of: Transformer, rows: Tensor, num_responses: int, name: str) -> Samples:
+    """Answers to the prompts of `rows`, by the stream of random numbers of that name."""
     key = stream_key(job.seed, "diagnose", name)
 
     def stream(t: int, shape: tuple[int, ...]) -> Tensor:

@@ -127,7 +127,8 @@ class Probe:
         try:
             training.train(configs.load(resuming.resumed(asked)), callbacks=[follow])
         except Saved as ended:
-            message = f"the probe in {self.folder}; the same command goes on from there"
+            output = self.config.output
+            message = f"the probe in {self.folder}; the command with --output {output} goes on"
             raise Saved(message) from ended
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 

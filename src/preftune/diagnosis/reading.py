@@ -146,8 +146,9 @@ def _against_samples(data: Surveyed, drawn: Surveyed, seed: int) -> Figures:
     for k, side in _sides(data):
         u = uniform(stream_key(seed, "rank", side), data.row)
         logp, length = data.ref_logps()[:, k], data.lengths()[:, k]
-        plain = ranks.pit_ranks(logp, s, u, seed)
-        matched = ranks.length_matched_ranks(logp, length, s, lengths, u, seed=seed)
+        same = _same_tokens(data, k, drawn)
+        plain = ranks.pit_ranks(logp, s, u, seed, same)
+        matched = ranks.length_matched_ranks(logp, length, s, lengths, u, seed=seed, same=same)
         found[f"rank_low_{side}"], found[f"rank_high_{side}"] = plain.lowest, plain.highest
         found[f"rank_low_matched_{side}"] = matched.lowest
     features, mine = data.features().double(), drawn.features().double()
@@ -155,6 +156,14 @@ def _against_samples(data: Surveyed, drawn: Surveyed, seed: int) -> Figures:
     if features.shape[1] == 2 and mine.shape[1] >= 2:
         found["feature_ratio"] = feature_ratio(mine, features[:, 0], features[:, 1], seed=seed)
     return found
+
+
+def _same_tokens(data: Surveyed, response: int, drawn: Surveyed) -> Tensor:
+    """Which answers are, token for token, this response of the data to their prompt: [N, m]."""
+    width = min(data.mask.shape[-1], drawn.mask.shape[-1])
+    mine, theirs = data.tokens[:, response, None, :width], drawn.tokens[..., :width]
+    alike = ((mine == theirs) | ~drawn.mask[..., :width]).all(-1)
+    return alike & (data.lengths()[:, response, None] == drawn.lengths())
 
 
 def _ensemble(data: Surveyed, answers: Surveyed, seed: int) -> EnsembleCoverage | None:

@@ -64,6 +64,7 @@ def pit(
     sample_logp: Float[Tensor, "N m"],
     u: Float[Tensor, " N"],
     keep: Bool[Tensor, "N m"] | None = None,
+    same: Bool[Tensor, "N m"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Randomised rank of a response among samples.
 
@@ -77,11 +78,14 @@ def pit(
         sample_logp: [N, m], s_j, nats.
         u: [N], uniform in [0, 1).
         keep: [N, m], samples that count; all of them without it.
+        same: [N, m], samples whose tokens are the response's: they tie, though log-probs of two
+            forward passes differ in their last digits. None without it.
     """
     keep = torch.ones_like(sample_logp, dtype=torch.bool) if keep is None else keep
     s, others = logp.double()[:, None], sample_logp.double()
-    less = ((others < s) & keep).sum(-1)
-    ties = ((others == s) & keep).sum(-1)
+    alike = others == s if same is None else (others == s) | same
+    less = ((others < s) & ~alike & keep).sum(-1)
+    ties = (alike & keep).sum(-1)
     return (less + u.double() * (ties + 1)) / (keep.sum(-1) + 1)
 
 
@@ -90,6 +94,7 @@ def pit_ranks(
     sample_logp: Float[Tensor, "N m"],
     u: Float[Tensor, " N"],
     seed: int = 0,
+    same: Bool[Tensor, "N m"] | None = None,
 ) -> PitRanks:
     """Rank of a response's reference log-prob among m reference samples to its prompt.
 
@@ -98,7 +103,8 @@ def pit_ranks(
 
     Args: as `pit`, log-probs under the reference.
     """
-    return _shares(pit(logp, sample_logp, u), 1 / (sample_logp.shape[-1] + 1), seed)
+    rank = pit(logp, sample_logp, u, same=same)
+    return _shares(rank, 1 / (sample_logp.shape[-1] + 1), seed)
 
 
 def length_matched_ranks(
@@ -110,6 +116,7 @@ def length_matched_ranks(
     factor: float = 1.25,
     least: int = LEAST_MATCHES,
     seed: int = 0,
+    same: Bool[Tensor, "N m"] | None = None,
 ) -> PitRanks:
     """`pit_ranks` among the samples whose length is within a factor of the response's.
 
@@ -118,7 +125,7 @@ def length_matched_ranks(
     both ends are a little rarer than the null if s follows the length closely.
 
     Args:
-        logp, sample_logp, u: as `pit`.
+        logp, sample_logp, u, same: as `pit`.
         length, sample_length: tokens, ≥ 1.
         factor: > 1.
 
@@ -128,7 +135,7 @@ def length_matched_ranks(
     apart = (sample_length.double().log() - length.double().log()[:, None]).abs()
     keep = apart <= math.log(factor) + 1e-12
     enough = keep.sum(-1) >= least
-    rank = pit(logp, sample_logp, u, keep).where(enough, torch.nan)
+    rank = pit(logp, sample_logp, u, keep, same).where(enough, torch.nan)
     found, null = int(enough.sum()), 1 / (least + 1)
     if found < max(LEAST_PROMPTS, len(rank) / 2):
         why = cannot_tell(

@@ -28,7 +28,8 @@ Estimator = Literal["k1", "k2", "k3"]
 
 @runtime_checkable
 class Labeller(Protocol):
-    """Frozen; sees a whole scored round."""
+    """Frozen; sees a whole scored round. One that takes only the first responses of a prompt says
+    how many in `most`."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from preftune.advantages import leave_one_out
 from preftune.labellers.base import State, index_of, log_ratio
-from preftune.samples import Batch, Samples
+from preftune.samples import DATA, REFERENCE, Batch, Samples
 from preftune.sources import good
 
 
@@ -19,7 +20,7 @@ class Demonstration:
     needs = frozenset[str]()
     labelled = True
     given = 1
-    least = 1
+    least = most = 1
 
     def items(self, num_responses: int) -> int:
         """One."""
@@ -42,7 +43,7 @@ class Good:
     needs = frozenset[str]()
     labelled = True
     given = 1
-    least = 1
+    least = most = 1
 
     def items(self, num_responses: int) -> int:
         """One."""
@@ -104,7 +105,7 @@ class GivenPreference:
     needs = frozenset[str]()
     labelled = True
     given = 2
-    least = 2
+    least = most = 2
 
     def items(self, num_responses: int) -> int:
         """One pair."""
@@ -164,10 +165,12 @@ class Unlabelled:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """The response at one place (of a pool's), without a judgement of it."""
+    """One response (of a pool's), told by its origin or its place, without a judgement of it."""
 
+    origin: Literal["policy", "reference", "data"] | None = None
+    """Whose: a sample of the policy, one of the reference, or the data's; None: any."""
     place: int = 0
-    """Among the prompt's responses, from 0."""
+    """Among the prompt's responses of that origin, from 0."""
     needs = frozenset[str]()
     labelled = False
     given = 0
@@ -181,9 +184,19 @@ class Member:
         """One."""
         return 1
 
+    def is_at(self, origin: Int[Tensor, "*E K"]) -> Bool[Tensor, "*E K"]:
+        """Which of responses with these origins it is: one of them, or none."""
+        alike = torch.ones_like(origin, dtype=torch.bool)
+        if self.origin is not None:
+            version = {"policy": 0, "reference": REFERENCE, "data": DATA}[self.origin]
+            alike = origin.clamp(max=0) == version
+        return alike & (alike.cumsum(-1) == self.place + 1)
+
     def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
         """See `Labeller`."""
-        return Batch(index=index_of(samples, [self.place])), state
+        found = self.is_at(samples.origin)
+        assert bool(found.any(-1).all()), "no such response: see `method.check`"
+        return Batch(index=found.long().argmax(-1)[..., None, None]), state
 
     def signals(self) -> dict[str, list[float]]:
         """No data."""

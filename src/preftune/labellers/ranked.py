@@ -62,7 +62,10 @@ class BestWorst:
     def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
         """See `Labeller`."""
         reward, state = shaped(samples, self.kl, self.shaping, state)
-        couple = torch.stack([reward.argmax(-1), reward.argmin(-1)], -1).unsqueeze(-2)
+        best, worst = reward.argmax(-1), reward.argmin(-1)
+        if self.ties == "keep":  # of equals the last, for one response is no pair
+            worst = torch.where(best == worst, reward.shape[-1] - 1, worst)
+        couple = torch.stack([best, worst], -1).unsqueeze(-2)
         return _pairs(reward, couple, self.threshold, self.ties), state
 
     def signals(self) -> dict[str, list[float]]:

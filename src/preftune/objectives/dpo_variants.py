@@ -1,5 +1,6 @@
 """Variants of DPO on the same log-ratios: DPOP, robust DPO, χPO and WPO."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
@@ -72,7 +73,7 @@ def robust_dpo(
         ref_logp_rejected: [*E], nats, likewise; data: receives no gradient.
         beta: strength β of the KL penalty, reward units a nat, > 0.
         label_smoothing: ε, probability that a label is flipped, in [0, 0.5); with a tensor, each
-            pair has its own.
+            pair has its own, and one of 0.5, whose label says nothing, has loss and gradient 0.
 
     Returns:
         [*E], nats; negative where the margin is large.
@@ -85,7 +86,13 @@ def robust_dpo(
     margin = beta * (log_ratio_chosen - log_ratio_rejected)
     as_labelled = -(1 - label_smoothing) * F.logsigmoid(margin)
     flipped = -label_smoothing * F.logsigmoid(-margin)
-    return (as_labelled - flipped) / (1 - 2 * label_smoothing)
+    kept = 1 - 2 * label_smoothing
+    if not isinstance(kept, Tensor):
+        return (as_labelled - flipped) / kept
+    # The untaken branch of `where` must be finite too: its gradient would be 0 · NaN.
+    nothing = kept == 0
+    loss = (as_labelled - flipped) / torch.where(nothing, torch.ones_like(kept), kept)
+    return torch.where(nothing, torch.zeros_like(loss), loss)
 
 
 def chi_po(

@@ -90,6 +90,11 @@ class Trunk:
         return next(self.model.parameters()).device
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model can take; None: it does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
     def wide(self) -> torch.dtype:
         """Of heads and what they give: float32, or the weights' own where that is wider."""
         return torch.promote_types(self.model.dtype, torch.float32)

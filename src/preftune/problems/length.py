@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preftune import config, durable
+from preftune.errors import UserError
 from preftune.numerics import permutation, stream_key
 from preftune.problems import sentences, small_models
 from preftune.problems.answering import answers
@@ -28,6 +29,8 @@ SHORTENED = 0.35
 """Mean of the exponential distribution of Skew Length, as a share of the model's mean length."""
 ASKED, TO_EACH = 48, 8
 """Prompts and answers by which lengths are measured."""
+MOST_END = 0.5
+"""Share of answers that must come to an end, for their most common length to be a target."""
 
 
 def small(folder: Path, shape: Shape | None = None) -> Task:
@@ -76,22 +79,28 @@ def _instructions() -> list[Any]:
 def measured(
     task: Task, folder: Path, tick: Callable[[int, int], None] = lambda done, of: None
 ) -> dict[str, float]:
-    """What the reference's lengths are: `mean` and `mode`, in tokens; kept in a file of the folder.
+    """What the reference's lengths are: `mean`, `mode` and `finished`, the share that came to an
+    end; in tokens, kept in a file of the folder.
 
-    The mode is of lengths smoothed over three neighbours: of a few hundred answers, the most
+    The mode is that of answers which came to an end, for those that are cut all have the limit's
+    length; and of lengths smoothed over three neighbours: of a few hundred answers, the most
     common one alone would be by chance.
     """
     path = folder / "lengths.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    found = answers(
+    if path.is_file() and "finished" in (found := json.loads(path.read_text())):
+        return found
+    asked = answers(
         config.load(task.settings()), task.prompts[:ASKED], TO_EACH,
         seed=stream_key("length", "measured"), tick=tick,
     )  # fmt: skip
-    lengths = [len(said.ids) for own in found for said in own]
-    count = [lengths.count(k) for k in range(task.max_new_tokens + 2)]
+    said = [one for own in asked for one in own]
+    ended = [len(one.ids) for one in said if one.finished]
+    count = [ended.count(k) for k in range(task.max_new_tokens + 2)]
     near = [sum(count[max(0, k - 1) : k + 2]) for k in range(1, task.max_new_tokens)]
-    out = {"mean": statistics.mean(lengths), "mode": 1 + near.index(max(near))}
+    out = {
+        "mean": statistics.mean(len(one.ids) for one in said),
+        "mode": 1 + near.index(max(near)), "finished": len(ended) / len(said),
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     durable.write_text(path, json.dumps(out) + "\n")
     return out
@@ -105,7 +114,16 @@ def problem(
     Args:
         lengths: the reference's (`measured`).
         target: of Mode Length; by default the mode of the reference's lengths.
+
+    Raises:
+        UserError: most of its answers are cut, so that they have no common length of their own.
     """
+    if kind == "mode" and target is None and lengths["finished"] < MOST_END:
+        raise UserError(
+            f"Mode Length: {lengths['finished']:.0%} of the answers of '{task.model}' end within "
+            f"{task.max_new_tokens} tokens, so their most common length is not known. Give more "
+            "max_new_tokens, or a target."
+        )
     reward = f"length:mode={target or int(lengths['mode'])}" if kind == "mode" else "length:min"
     shortened = SHORTENED * lengths["mean"] if kind == "skew" else None
     return replace(task, reward=reward), Pairs(shortened=shortened)

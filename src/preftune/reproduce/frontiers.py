@@ -24,10 +24,15 @@ def _plan(claim: Claim, seeds: Sequence[int], full: bool) -> Cells:
     return {
         _named(name, rate): (cell(s, {**own, "learning_rate": rate}), seeds)
         for name, own in s["runs"].items()
-        for rate in sorted(
-            {rate * times for rate in s["rates"] for times in (GRID if full else (1.0,))}
-        )
+        for rate in _rates(s["rates"], full)
     }
+
+
+def _rates(listed: Sequence[float], full: bool) -> list[float]:
+    """Those that the verdict is of and, with `full`, their multiples; a multiple that has the name
+    of a listed rate (1e-4 * 3.0, of 3e-4) is that rate, which decides."""
+    more = [rate * times for rate in listed for times in GRID] if full else []
+    return sorted({_named("", rate): rate for rate in [*more, *listed]}.values())
 
 
 def _named(run: str, rate: float) -> str:

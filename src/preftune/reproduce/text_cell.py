@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from preftune import config, held_out, parts, preparing, training
+from preftune import config, held_out, loop, parts, preparing, training
 from preftune.errors import GuardStop
 from preftune.evaluate import Answers, figures
 from preftune.likelihoods import pair_figures, pair_logp
@@ -93,7 +93,8 @@ class TextCell:
 
 def _trained(of: Parts, seed: int, answers: int) -> list[Row]:
     """Rows of a run: at its start, on the way, and at its last step, whether or not it came there:
-    a run that had to stop stays as it was judged last, and its last row says `stopped`."""
+    a run that had to stop stays as it was judged last, each time until the end, and its last row
+    says `stopped`."""
     settings = parts.make_settings(of)
     folder = RunFolder.create(of.output, parts.resolved_config(of, settings))
     judged = _judging(of, answers)
@@ -110,9 +111,17 @@ def _trained(of: Parts, seed: int, answers: int) -> list[Row]:
             own = {k: v for k, v in metrics.items() if k in OF_UPDATES and v is not None}
             rows.append({"seed": seed, "step": metrics["step"], **own, **found})
     if rows[-1]["step"] != settings.max_steps:
-        rows.append({**rows[-1], "step": settings.max_steps, "stopped": stopped})
+        last = rows[-1]
+        rows += [{**last, "step": step} for step in _judged_at(settings) if step > last["step"]]
+        rows[-1]["stopped"] = stopped
     rows[-1] |= {f"alarm_{alarm['alarm']}": 1.0 for alarm in folder.read("alarms.jsonl")}
     return rows
+
+
+def _judged_at(settings: loop.Settings) -> list[int]:
+    """Updates after which a run that goes to its last step is judged, and 0."""
+    assert settings.eval_every is not None, "a cell is judged on the way"
+    return [*range(0, settings.max_steps, settings.eval_every), settings.max_steps]
 
 
 @contextlib.contextmanager

@@ -103,8 +103,9 @@ def generate(
     decoder: Decoder
     if longest + decoding.max_new_tokens <= window and can_share(model):
         decoder = SharedDecoder(
-            model, num_responses=num_responses, max_rows=MAX_ROWS, prompt=longest,
-            longest=decoding.max_new_tokens,
+            model, num_responses=num_responses,
+            max_rows=min(MAX_ROWS, len(prompts) * num_responses),  # a fixed grid holds no more
+            prompt=longest, longest=decoding.max_new_tokens,
         )  # fmt: skip
     else:
         decoder = PlainDecoder(model)
