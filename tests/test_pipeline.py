@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from preftune import cli, pipeline
-from preftune.config import Config
+from preftune import config as configs
 from preftune.errors import UserError
 
 pytestmark = pytest.mark.long
@@ -82,7 +82,7 @@ def test_going_on_with_other_data_is_refused(pairs: str, tmp_path: Path, stages:
     other.write_text(Path(pairs).read_text().replace("Say", "Tell"))
 
     def run(**changes: Any) -> None:
-        pipeline.run(Config(**{"data": pairs, **changes}), out)
+        pipeline.run(configs.load({"data": pairs, **changes}), out)
 
     run()
     kept = {p: p.read_bytes() for p in (out / "data").iterdir()}
@@ -111,27 +111,27 @@ def test_a_folder_that_keeps_no_source_is_gone_on_with_where_its_rows_agree(
     pairs: str, tmp_path: Path, stages: list[str]
 ) -> None:
     out = tmp_path / "out"
-    pipeline.run(Config(data=pairs), out)
+    pipeline.run(configs.load({"data": pairs}), out)
     (out / "data" / pipeline.CUT).unlink()
     with pytest.raises(UserError, match="was begun with other data"):
-        pipeline.run(Config(data=pairs, seed=1), out)
-    pipeline.run(Config(data=pairs), out)
+        pipeline.run(configs.load({"data": pairs, "seed": 1}), out)
+    pipeline.run(configs.load({"data": pairs}), out)
     assert (out / "data" / pipeline.CUT).is_file()
 
 
 def test_halves_are_cut_from_so_many_rows_of_which_few_are_bad(
     pairs: str, tmp_path: Path, stages: list[str]
 ) -> None:
-    pipeline.run(Config(data=pairs, max_rows=64), tmp_path / "out")
+    pipeline.run(configs.load({"data": pairs, "max_rows": 64}), tmp_path / "out")
     parts = {n: rows(tmp_path / "out/data" / f"{n}.jsonl") for n in ("train", "gold", "held_out")}
     prompts = {row["prompt"] for own in parts.values() for row in own}
     assert prompts == {f"Say {i}." for i in range(32)}
     with open(pairs, "a") as out:
         out.write('{"prompt": "no answers"}\n' * 8)
     with pytest.raises(UserError, match="8 of 88 rows cannot be used, above bad_rows: 0.05"):
-        pipeline.run(Config(data=pairs), tmp_path / "other")
+        pipeline.run(configs.load({"data": pairs}), tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    pipeline.run(Config(data=pairs, bad_rows=0.2), tmp_path / "other")
+    pipeline.run(configs.load({"data": pairs, "bad_rows": 0.2}), tmp_path / "other")
 
 
 def test_the_plan_is_of_rows_that_there_are() -> None:

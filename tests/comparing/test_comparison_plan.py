@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from preftune import cli_compare
+from preftune import config as configs
 from preftune.comparing import costs, entries, plan, prompts, running, wording
 from preftune.comparing.costs import Cost
 from preftune.comparing.job import Job
 from preftune.comparing.plan import Asked, Plan
-from preftune.config import Config
 from preftune.errors import UserError
 from preftune.runs import RunFolder
 
@@ -166,7 +166,7 @@ def test_how_many_prompts_are_enough(tmp_path: Path, count: int, enough: bool) -
     path = tmp_path / "my.jsonl"
     rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = Config(data=str(path))
+    config = configs.load({"data": str(path)})
     if enough:
         found = prompts.cut(config).split
         assert (found.selection, found.final, found.train) == (3, 6, 17)
