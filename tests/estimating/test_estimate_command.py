@@ -73,7 +73,7 @@ def test_tokens_of_offline_rows_are_those_of_the_run(
 def test_rows_that_sample_draw_as_many_and_are_judged_as_often(
     given: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given |= {"method": "ppo", "reward": "length:within=2", "min_new_tokens": 3, "passes": 2}
+    given |= {"method": "rwr", "reward": "length:within=2", "min_new_tokens": 3, "passes": 2}
     of, _ = counts_of(given)
     counts = counted(of, lambda u: torch.full(u.shape, 4))  # as long as they will be
     tokens = watched(monkeypatch)
