@@ -104,8 +104,9 @@ def evaluate(
 
 def _load(config: Config, tick: Tick) -> _Job:
     """The models, prompts and rewards."""
-    reward = judges.make_reward(config.reward, config.reward_weights)
-    gold = judges.make_reward(config.gold, None)
+    device = building.pick_device(config.device)
+    reward = judges.make_reward(config.reward, config.reward_weights, device)
+    gold = judges.make_reward(config.gold, None, device)
     run = _run_of(config)
     reference_name = config.reference or run.get("reference") or run.get("model")
     policy, tokenizer = loading.model_of(config, config.model)

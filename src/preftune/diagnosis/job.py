@@ -167,7 +167,8 @@ def plain_health(found: Health) -> dict[str, Any]:
 
 def _prepare(config: Config, policy: str | None) -> tuple[Job, dict[str, Any], list[str], Health]:
     """The models, the rows and the judge; and how the rows are."""
-    reward = judges.make_reward(config.reward, config.reward_weights)
+    device = building.pick_device(config.device)
+    reward = judges.make_reward(config.reward, config.reward_weights, device)
     reference, tokenizer = loading.model_of(config, config.model)
     renderer = building.make_renderer(config, tokenizer, reference)
     rows, report, refused = loading.load_rows(
