@@ -45,6 +45,11 @@ class Method:
     """Settings of a run that this row was vetted with (learning rate, ...)."""
 
     @property
+    def draws(self) -> bool:
+        """Some of its responses are drawn, by the policy or the reference."""
+        return any(origin != DATA for t in self.terms for origin in origins(t.source))
+
+    @property
     def needs(self) -> frozenset[str]:
         """What rounds must be scored with; known before the policy is built."""
         found = frozenset().union(*(t.needs for t in self.terms))

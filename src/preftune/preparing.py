@@ -99,8 +99,7 @@ def _try_servers(parts: Parts) -> None:
     """Judges read the prompts and give numbers, and an engine is of the run's model."""
     room = parts.config.max_new_tokens
     if parts.renderer is not None:
-        draws = any(t.source.draws or t.source.on_policy for t in parts.method.terms)
-        judges.check_models(parts.reward, parts.prompts, room if draws else 0)
+        judges.check_models(parts.reward, parts.prompts, room if parts.method.draws else 0)
         for judge in (parts.reward, parts.gold):
             judges.check_models(judge, parts.held_out, room)
             judges.try_reward(judge, parts.prompts, parts.renderer)

@@ -86,9 +86,9 @@ def open_folder(parts: Parts, resolved: dict[str, Any]) -> RunFolder:
             f"resume '{parts.output}': the settings differ: {changes}. "
             "Only the number of steps and logging may."
         )
-    if checkpoint.last(folder.path / "checkpoints") is None:
-        if not _finished(folder, resolved["max_steps"]):
-            _refuse_to_forget(folder)
+    kept = checkpoint.last(folder.path / "checkpoints") is not None
+    if not (kept or _finished(folder, resolved["max_steps"])):
+        _refuse_to_forget(folder)
     folder.write_config(resolved)
     return folder
 

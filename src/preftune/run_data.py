@@ -22,8 +22,7 @@ def load_data(parts: Parts, data: Any, trains: bool) -> None:
     if parts.renderer is None:
         return
     _check_prompts(parts, trains)
-    sources = [t.source for t in parts.method.terms]
-    draws = any(origin != DATA for source in sources for origin in origins(source))
+    draws = parts.method.draws
     reserve = (config.max_new_tokens if draws else 0) + _control(parts)
     rejected: list[Rejected] = []
     try:

@@ -11,8 +11,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -64,6 +65,10 @@ class Runnable(Protocol):
     def run(self, seeds: tuple[int, ...]) -> list[Row]:
         """Run some seeds in this process: a row a run and logged step, to the last step."""
         ...
+
+
+Job = tuple[Runnable, tuple[int, ...]]
+"""A cell and those of its seeds that advance together."""
 
 
 @dataclass(frozen=True)
@@ -156,66 +161,28 @@ class Study:
                 runs a study in the folder.
             CellsFailed: other faults of runs; after all that can be run.
         """
-        jobs: dict[tuple[str, int], tuple[Runnable, tuple[int, ...]]] = {}
+        jobs: dict[tuple[str, int], Job] = {}
         for cell, seeds in cells:
             left, size = self.missing(cell, seeds), cell.chunk
             for start in range(0, len(left), size):
                 part = tuple(left[start : start + size])
                 jobs[cell.key, part[0]] = (cell, part)
         ordered = sorted(jobs.values(), key=lambda j: -j[0].cost * len(j[1]))
-        total = sum(c.updates * len(s) for c, s in ordered)
-        with self._held():
-            if self.workers == 0:
-                self._here(ordered, total, tick, beside)
-            else:
-                self._in_processes(ordered, total, tick, beside)
+        total, done = sum(c.updates * len(s) for c, s in ordered), 0
+        with self._held(), pool_of(self.workers) if self.workers else nullcontext() as pool:
+            beside(pool)
+            for (cell, seeds), result in _results(ordered, pool):
+                self._keep(cell, seeds, result)
+                done += cell.updates * len(seeds)
+                tick(done, total)
         if self.failed:
             raise CellsFailed("runs of a study failed", list(self.failed.values()))
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         """The folder for this study alone: two would both run what is missing."""
         if self.folder is None or RunFolder.is_held(self.folder):  # by who called
-            return contextlib.nullcontext()
+            return nullcontext()
         return RunFolder.held(self.folder)
-
-    def _here(
-        self,
-        ordered: Sequence[tuple[Runnable, tuple[int, ...]]],
-        total: int,
-        tick: Callable[[int, int], None],
-        beside: Callable[[Executor | None], None],
-    ) -> None:
-        done = 0
-        beside(None)
-        for cell, seeds in ordered:
-            self._keep(cell, seeds, partial(cell.run, seeds))
-            done += cell.updates * len(seeds)
-            tick(done, total)
-
-    def _in_processes(
-        self,
-        ordered: Sequence[tuple[Runnable, tuple[int, ...]]],
-        total: int,
-        tick: Callable[[int, int], None],
-        beside: Callable[[Executor | None], None],
-    ) -> None:
-        done = 0
-        with pool_of(self.workers) as pool:
-            try:
-                beside(pool)
-                waiting: dict[Future[list[Row]], tuple[Runnable, tuple[int, ...]]] = {
-                    pool.submit(job[0].run, job[1]): job for job in ordered
-                }
-                while waiting:
-                    ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in ready:
-                        cell, seeds = waiting.pop(future)
-                        self._keep(cell, seeds, future.result)
-                        done += cell.updates * len(seeds)
-                    tick(done, total)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
 
     def _keep(
         self, cell: Runnable, seeds: tuple[int, ...], result: Callable[[], list[Row]]
@@ -241,16 +208,33 @@ class Study:
         return curves(self.rows[cell.key], seeds)
 
 
+def _results(
+    jobs: Sequence[Job], pool: Executor | None
+) -> Iterator[tuple[Job, Callable[[], list[Row]]]]:
+    """What gives, or raises, the rows of each job: as it is done in the pool, or does it here."""
+    if pool is None:
+        yield from ((job, partial(job[0].run, job[1])) for job in jobs)
+        return
+    waiting = {pool.submit(cell.run, seeds): (cell, seeds) for cell, seeds in jobs}
+    while waiting:
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            yield waiting.pop(future), future.result
+
+
 @contextlib.contextmanager
 def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one core each.
+    """Processes of one core each; what has not begun when an error leaves them is not begun.
 
     Raises:
         UserError: the system has ended one of them.
     """
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), _one_core) as pool:
-            yield pool
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was ended from outside, mostly for want of memory. Free some, or "

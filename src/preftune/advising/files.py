@@ -45,16 +45,15 @@ def load_all(folder: Path) -> list[Stated]:
     found = paths(folder) if folder.is_dir() else []
     if not found:
         raise UserError(f"problems '{folder}': no .json file there. Draw some with --draw N.")
-    each: dict[str, Path] = {}
-    for path in found:
-        name = load(path).name
-        if name in each:
+    problems, each = [load(path) for path in found], dict[str, Path]()
+    for path, stated in zip(found, problems, strict=True):
+        other = each.setdefault(stated.name, path)
+        if other != path:
             raise UserError(
-                f"problems '{folder}': {each[name].name} and {path.name} are both called '{name}'. "
-                "Give one of them another name."
+                f"problems '{folder}': {other.name} and {path.name} are both called "
+                f"'{stated.name}'. Give one of them another name."
             )
-        each[name] = path
-    return [load(path) for path in found]
+    return problems
 
 
 @lru_cache(maxsize=1024)
