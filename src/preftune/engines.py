@@ -176,6 +176,8 @@ def engine(
         folder: of the run; weights and the server's log go into its `vllm/`.
     """
     if not is_asked_for(config, method):
+        if config.sampler != "local":
+            note(f"sampler: '{method.name}' takes no fresh samples of the policy; none is asked.")
         yield None
         return
     assert isinstance(model, Transformer), "what draws is a policy"

@@ -220,6 +220,14 @@ def test_pairs_come_from_where_they_are_said_to(drawn: Draw, expert: TextProblem
     assert not asked & {row["prompt"] for row in expert.held_out}
 
 
+def test_a_judge_is_told_which_answers_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        text_drawing.rewards, "judge", lambda _, judged: [float(x) for x in judged.finished]
+    )
+    said = text_drawing._judged(None, "go", [("a cow", True), (" ", True), ("a hen", False)])
+    assert [(s.text, s.worth) for s in said] == [("a cow", 1.0), ("a hen", 0.0)]
+
+
 # Runs.
 
 

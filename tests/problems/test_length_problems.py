@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from preftune import config
+from preftune import config, rewards
 from preftune.errors import UserError
 from preftune.problems import arithmetic, length, preferences, sentences, small_models, story
 from preftune.problems.answering import Said, answers
@@ -93,6 +93,22 @@ def test_the_better_is_chosen(task: Task, compose: preferences.Compose) -> None:
             assert row["rejected"].startswith(row["chosen"])
     assert rows == make_pairs(task, Pairs(compose=compose, count=48, writer=writer), seed=1)
     assert rows != make_pairs(task, Pairs(compose=compose, count=48, writer=writer), seed=2)
+
+
+def test_who_judges_is_told_which_answers_ended(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward model reads an end token after those alone."""
+    told: list[bool] = []
+
+    def judge(_: object, judged: rewards.Judged) -> list[float]:
+        told.extend(judged.finished)
+        assert len(judged.finished) == len(judged.completions)
+        return [float(-n) for n in judged.tokens]
+
+    monkeypatch.setattr(preferences.rewards, "judge", judge)
+    make_pairs(replace(task, max_new_tokens=6), Pairs(count=16), seed=6)
+    assert {True, False} == set(told)
 
 
 def test_compositions_differ_as_their_names_say(task: Task) -> None:

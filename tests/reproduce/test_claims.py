@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from preftune import cli
 from preftune.errors import UserError
@@ -24,6 +25,7 @@ from preftune.reproduce.claims import (
     load,
     verdicts,
 )
+from preftune.runs import LOCK
 
 pytestmark = pytest.mark.long
 
@@ -237,6 +239,17 @@ def test_other_code_is_not_mixed_in(tmp_path: Path, small: None, capsys, monkeyp
     assert cli.run(more) == 2
     assert "other source code" in capsys.readouterr().err
     assert f"source: {began}" in (out / "config.yaml").read_text(), "as it was"
+
+
+def test_a_folder_at_work_is_left_as_it_is(tmp_path: Path, small: None, capsys) -> None:
+    out = tmp_path / "out"
+    _command("first-3", "--output", str(out), capsys=capsys)
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    with FileLock(out / LOCK):  # as another process has it
+        more = ["reproduce", "first-3", "e3-r1", "--output", str(out), "--resume"]
+        assert cli.run(more) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
 def _broken(*_: Any) -> Measured:

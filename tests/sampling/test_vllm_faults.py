@@ -267,7 +267,9 @@ def test_servers_that_do_not_fit(
     assert re.search(told, message, re.DOTALL), message
 
 
-def test_a_method_that_draws_nothing_needs_no_server(train) -> None:
+def test_a_method_that_draws_nothing_needs_no_server(train, capsys) -> None:
     from preftune import cli
 
     assert cli.run([*train(), *flags(sampler="http://127.0.0.1:9")]) == 0
+    said = capsys.readouterr()
+    assert "sampler: 'dpo' takes no fresh samples" in " ".join((said.out + said.err).split())

@@ -215,7 +215,7 @@ def _judged(reward: Any, prompt: str, answers: Sequence[tuple[str, bool]]) -> li
     texts = [text for text, _ in said]
     judged = rewards.Judged(
         prompts=[prompt] * len(texts), completions=texts,
-        tokens=[len(text.split()) for text in texts],
+        tokens=[len(text.split()) for text in texts], finished=[done for _, done in said],
     )  # fmt: skip
     worth = rewards.judge(reward, judged)
     return [Said(*one, w) for one, w in zip(said, worth, strict=True)]

@@ -78,7 +78,7 @@ def make_pairs(
             true,
             rewards.Judged(
                 prompts=[prompt] * len(said), completions=[s.text for s in said],
-                tokens=[len(s.ids) for s in said],
+                tokens=[len(s.ids) for s in said], finished=[s.finished for s in said],
             ),
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from preftune.durable import write_text
 from preftune.errors import UserError
 from preftune.reproduce.claims import (
     EXPERIMENTS,
+    Cells,
     Claim,
     Experiment,
     Judged,
@@ -96,7 +97,27 @@ def reproduce(
     }
     cells = _distinct(plans.values(), folder / "made")
     study, source = _open(folder, cells, workers, resume)
-    RunFolder.create(folder, _config(plans, seed_base, source))
+    with RunFolder.held(folder):  # verdicts are drawn and written as the only one too
+        RunFolder.create(folder, _config(plans, seed_base, source))
+        measure = _run(study, cells, claims, seeds, plans, tick)
+        judged = [_judged(folder, c, measure) for c in claims]
+        rows = [row for j in judged for row in j.rows]
+        facts = {
+            "First seed": str(seed_base), "Grid": "full" if full else "each claim's own points",
+        }  # fmt: skip
+        if source != source_digest():
+            facts["Source"] = f"runs {source}, verdicts {source_digest()}"
+        page = write_page(folder / "report.html", judged, facts)
+        RunFolder(folder).write_json("results.json", rows)
+    failed = {j.claim.key: j.failed for j in judged if j.failed}
+    return Reproduced(rows=rows, page=page, failed=failed)
+
+
+def _run(
+    study: Study, cells: Sequence[tuple[Runnable, Sequence[int]]], claims: Sequence[Claim],
+    seeds: Mapping[str, Sequence[int]], plans: Mapping[str, Cells], tick: Tick,
+) -> Callable[[Claim], Measured]:  # fmt: skip
+    """Run the cells, and beside them what is exact; gives what measures a claim by them."""
     exact: dict[str, Callable[[], Measured]] = {}
 
     def beside(pool: Executor | None) -> None:
@@ -117,15 +138,7 @@ def reproduce(
         runs = {n: study.curves(cell, own) for n, (cell, own) in plans[c.key].items()}
         return _experiment(c).conclude(c, seeds[c.key], runs)
 
-    judged = [_judged(folder, c, measure) for c in claims]
-    rows = [row for j in judged for row in j.rows]
-    facts = {"First seed": str(seed_base), "Grid": "full" if full else "each claim's own points"}
-    if source != source_digest():
-        facts["Source"] = f"runs {source}, verdicts {source_digest()}"
-    page = write_page(folder / "report.html", judged, facts)
-    RunFolder(folder).write_json("results.json", rows)
-    failed = {j.claim.key: j.failed for j in judged if j.failed}
-    return Reproduced(rows=rows, page=page, failed=failed)
+    return measure
 
 
 def _experiment(claim: Claim) -> Experiment:
@@ -139,9 +152,7 @@ def _exact(claim: Claim, seeds: Sequence[int]) -> Measured:
         return _experiment(claim).conclude(claim, seeds, {})
 
 
-def _distinct(
-    plans: Iterable[Mapping[str, tuple[Runnable, Sequence[int]]]], made: Path
-) -> list[tuple[Runnable, Sequence[int]]]:
+def _distinct(plans: Iterable[Cells], made: Path) -> list[tuple[Runnable, Sequence[int]]]:
     """Each cell once with all of its seeds: claims share cells.
 
     Args:
@@ -174,9 +185,7 @@ def _open(
     return study, str(source)
 
 
-def _config(
-    plans: Mapping[str, Mapping[str, tuple[Runnable, Sequence[int]]]], seed_base: int, source: str
-) -> dict[str, Any]:
+def _config(plans: Mapping[str, Cells], seed_base: int, source: str) -> dict[str, Any]:
     """Of the folder: every cell's settings, and which claims need it."""
     cells: dict[str, Any] = {}
     for name, plan in plans.items():
