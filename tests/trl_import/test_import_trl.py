@@ -132,9 +132,21 @@ def test_what_has_no_name_is_spelled_out():
     assert (stale.source.passes, stale.source.prompts_per_round) == (2, 16)
     plain = row("grpo")  # without a KL
     assert plain.objective.__name__ == "ppo_clip" and plain.settings == {"clip": 0.2}
-    with pytest.raises(UserError, match="temperature 1"):  # TRL's ratio is of the tempered policy
-        row("grpo", temperature=0.8)
     assert row("online_dpo", missing_eos_penalty=1.5).labeller.shaping.no_end_penalty == 1.5
+
+
+def test_what_a_ratio_does_not_allow_is_said(convert):
+    """TRL's ratio is of the policy at the temperature of sampling, preftune's of the model's."""
+    asked = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "max_completion_length": 16}
+    for trainer in ("grpo", "rloo"):
+        found = convert("--trainer", trainer, file=json.dumps(asked))
+        building.method_of(load(found["config"]))  # can be trained as it is
+        for name in ("temperature", "top_p", "top_k"):
+            assert name not in found["config"]
+            assert "as it is" in named(found["differs"], name)["preftune"]
+    # pairs of samples need no ratio
+    found = convert("--trainer", "online_dpo", file=json.dumps({"temperature": 0.8, "top_k": 20}))
+    assert found["config"]["temperature"] == 0.8 and found["config"]["top_k"] == 20
 
 
 def test_a_file_is_written_whole_and_trains(here, tiny_model, pairs_file, capsys):

@@ -37,17 +37,35 @@ def _plan(claim: Claim, seeds: Sequence[int], full: bool) -> Cells:
 def transfer(claim: Claim, seeds: Sequence[int], runs: Runs) -> Measured:
     """Rank correlation of the rows' true rewards at the end, mean over problems."""
     s = claim.settings
-    each = {
-        problem: spearman(*(_ends(scale, problem, s["runs"], runs) for scale in SCALES))
+    ends = {
+        problem: [_ends(scale, problem, s["runs"], runs) for scale in SCALES]
         for problem in s["problems"]
     }
+    each = {problem: spearman(*both) for problem, both in ends.items()}
     shown = {problem: (list(range(len(v))), v[None]) for problem, v in each.items()}
     return Measured(
         values={"": torch.stack(list(each.values())).mean(0)},
         rows=charts.table("seed's place", "correlation", [0], shown),
         figure=charts.bars("Rank correlation of eight rows, small against large", "Spearman", each),
-        notes=[*notes(runs), *(f"{p}: {float(v.mean()):.2f}" for p, v in each.items())],
+        notes=[*notes(runs), *(_told(problem, *both) for problem, both in ends.items())],
     )
+
+
+def _told(problem: str, small: Tensor, large: Tensor) -> str:
+    """Beside the correlation: what chance alone leaves of it, without which it says little."""
+    between = float(spearman(small, large).mean())
+    means = float(spearman(*(x.mean(0, keepdim=True) for x in (small, large))))
+    own = " and ".join(f"{_among(x):.2f}" for x in (small, large))
+    return (
+        f"{problem}: {between:.2f} between the scales, seed by seed; {means:.2f} of the means over "
+        f"seeds; {own} between two seeds at one scale (small, large)."
+    )
+
+
+def _among(ends: Tensor) -> float:
+    """Mean rank correlation of two seeds' orders at one scale; NaN of a single seed."""
+    first, second = torch.triu_indices(len(ends), len(ends), offset=1)
+    return float(spearman(ends[first], ends[second]).mean())
 
 
 def _ends(scale: str, problem: str, rows: Sequence[str], runs: Runs) -> Tensor:
