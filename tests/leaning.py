@@ -4,6 +4,7 @@ One token a response, one state a prompt, so a run of a hundred updates takes a 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +93,13 @@ def judged_world(
         policy=Categorical(logits), reference=Categorical(logits), data=table, prompts=table,
         reward=reward, seed=seed, batch_size=4 * states, micro_batch_tokens=None,
     )  # fmt: skip
+
+
+def far_world(centre: float) -> World:
+    """A policy with a value head, and a reward whose values lie around `centre`."""
+    near = judged_world(lambda samples: peaks(10)(samples) + centre, states=8, slope=0.0)
+    policy = Categorical(near.policy.logits, value_head=True)
+    return replace(near, policy=policy)
 
 
 def evaluator(

@@ -21,6 +21,7 @@ from preftune import alarms, signs, train
 from preftune.alarms import WINDOW, Series, Watch
 from preftune.evaluate import answer, figures
 from preftune.events import Event
+from preftune.labellers.base import Shaping
 from preftune.report import write_report
 from preftune.report.alarms import Agreement, agreement, of_seeds
 from preftune.report.read import read_runs
@@ -109,6 +110,18 @@ def test_samples_of_another_policy() -> None:
     assert "1.09 nats a response, and 56% of the samples" in fired["sampler"].measured
     assert logged[-1]["sampler_gap"] > 2 and logged[-1]["sampler_effective_sample_size"] < 0.5
     assert max(m["sampler_gap"] for m in control) == 0
+
+
+def test_a_value_head_far_from_the_rewards() -> None:
+    """Rewards around -25, as they are and less the mean of earlier rounds."""
+    row, centred = row_of("ppo"), Shaping(standardise="running")
+    terms = tuple(replace(t, labeller=replace(t.labeller, shaping=centred)) for t in row.terms)
+    fired, logged = watched(row, leaning.far_world(-20.0), 24, 0.1)
+    quiet, control = watched(replace(row, terms=terms), leaning.far_world(-20.0), 24, 0.1)
+    assert fired["value"].step == 16 and "standardise=running" in fired["value"].cure
+    assert "off by 8.3 deviations of its target, 8.1 before" in fired["value"].measured
+    assert "value" not in quiet and logged[0]["value_offset"] == control[0]["value_offset"] > 8
+    assert max(m["value_offset"] for m in control[3:]) < 1.5
 
 
 @cache
@@ -305,6 +318,8 @@ TOP = {"gold": 2.0, "gold_low": 1.0, "gold_high": 3.0, "reward": 1.0}
           {"before": NEAR | {"log_ratio_rejected": -5.0}}, {"before": {}}]),
         (one("slow"), {"now": THREE | {"informative_pairs": 0.19}},
          [{"now": THREE | {"informative_pairs": 0.2}}, {"now": {"informative_pairs": 0.0}}]),
+        (one("value"), {"now": {"value_offset": 2.1}, "before": {"value_offset": 2.2}},
+         [{"now": {"value_offset": 2.0}}, {"before": {"value_offset": 2.0}}, {"before": {}}]),
         (one("agreement"), {"now": JUDGED, "first": {**JUDGED, "agreement": 0.8}},
          [{"now": JUDGED | {"agreement_far": 0.61}}, {"now": JUDGED | {"agreement_far_high": 0.8}},
           {"first": {}}]),

@@ -111,17 +111,17 @@ def test_explained_variance_of_the_values_at_collection():
     def variance(x: list[float]) -> float:
         return sum((v - sum(x) / len(x)) ** 2 for v in x) / len(x)
 
-    left = variance([t - v for t, v in zip(target, value, strict=True)])
-    expected = 1 - left / variance(target)
+    errors = [t - v for t, v in zip(target, value, strict=True)]
+    expected = 1 - variance(errors) / variance(target)
     assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-12)
+    off = abs(sum(errors) / len(errors)) / variance(target) ** 0.5
+    assert metrics["value_offset"] == pytest.approx(off, abs=1e-12)
 
 
 def test_no_variance_leaves_nothing_to_explain():
     same = make_world("ppo", reward=lambda s: torch.ones(s.finished.shape, dtype=torch.float64))
-    assert (
-        tables.gradient(group_terms(row_of("ppo", kl=0.0)), same, 0)[1]["explained_variance"]
-        is None
-    )
+    metrics = tables.gradient(group_terms(row_of("ppo", kl=0.0)), same, 0)[1]
+    assert metrics["explained_variance"] is None and metrics["value_offset"] is None
 
 
 def test_ties_are_counted():

@@ -150,7 +150,7 @@ _OF_PAIRS = ("log_ratio_chosen", "log_ratio_rejected", "margin", "accuracy")
 _OF_UPDATES = (
     *_OF_PAIRS, "logp_chosen", "kl", "entropy", "distinct_samples", "informative_pairs",
     "settled_pairs", "unlikely_pairs", "alike_pairs", "sampler_gap",
-    "sampler_effective_sample_size",
+    "sampler_effective_sample_size", "value_offset",
 )  # fmt: skip
 _OF_EVALUATIONS = {"kl": "eval_kl", "entropy": "eval_entropy_per_token", "reward": "eval_reward"}
 _BY_GOLD = {

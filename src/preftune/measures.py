@@ -69,6 +69,8 @@ DOCUMENTED = {
     "effective_sample_size": "(sum w)^2 / (n sum w^2) of the responses' ratios w, 0 to 1",
     "clip_fraction": "share of tokens whose ratio is outside 1 - clip to 1 + clip",
     "explained_variance": "1 - Var(target - value) / Var(target) of the value head at collection",
+    "value_offset": "|mean of target - value| / deviation of the target, of the value head at "
+    "collection: how far it is off as a whole",
     "skipped": "1: the update was left out, its mean ratio was above max_ratio",
     "kl_coefficient": "strength of the KL as target_kl has set it",
     "reward_queries": "responses that the reward was asked about so far",
@@ -303,14 +305,18 @@ class Measures:
         return {n: numbers(v) for n, v in out.items()}
 
     def _explained(self) -> dict[str, Any]:
-        """How much of the value head's target it foresaw."""
+        """How much of the value head's target it foresaw, and how far off it is as a whole."""
         target, value = self._joined("target"), self._joined("value_old")
         if target is None or value is None:
             return {}
-        spread = _variance(*target)
-        left = _variance(target[0] - value[0], target[1])
-        share = torch.where(spread > 0, 1 - left / spread, torch.nan)
-        return {"explained_variance": None if bool(share.isnan().all()) else share}
+        spread, error = _variance(*target), target[0] - value[0]
+        left = _variance(error, target[1])
+        offset = masked_sum(error, target[1]).abs() / target[1].sum(-1)
+        found = {
+            "explained_variance": 1 - left / spread, "value_offset": offset / spread.sqrt()
+        }  # fmt: skip
+        found = {n: torch.where(spread > 0, x, torch.nan) for n, x in found.items()}
+        return {n: None if bool(x.isnan().all()) else x for n, x in found.items()}
 
     def _gap(self) -> dict[str, Tensor]:
         """How far the trainer is from what drew the samples, as a round begins."""

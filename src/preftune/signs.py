@@ -29,6 +29,8 @@ FEW = 0.2
 """Of the pairs that still teach."""
 APART, FEW_COUNT = 1.0, 0.5
 """Nats a response between sampler and trainer; share of the samples that still count."""
+OFFSET = 2.0
+"""Deviations of its target by which the value head is off as a whole."""
 FALLEN = 0.2
 """Of agreement between two rewards, lost."""
 
@@ -174,6 +176,17 @@ def _drawn_by_another(view: View) -> str | None:
     )
 
 
+def _unforeseen(view: View) -> str | None:
+    """Still so after a while: it starts anywhere, and a running mean has no first round."""
+    now, before = view.now["value_offset"], view.before["value_offset"]
+    if min(now, before) <= OFFSET:
+        return None
+    return (
+        f"it is off by {now:.1f} deviations of its target, {before:.1f} before, so that the ends "
+        "of responses are pushed one way whatever the responses say"
+    )
+
+
 def _poor(view: View) -> str | None:
     now, first = view.now, view.first["agreement"]
     if now["agreement_far"] > first - FALLEN or now["agreement_far_high"] >= first:
@@ -256,6 +269,13 @@ ALARMS: tuple[Alarm, ...] = (
         reads=("sampler_gap", "sampler_effective_sample_size"), sign=_drawn_by_another,
         cure="Set max_staleness to 0, give sampler and trainer the same dtype, draw shorter "
         "responses, or leave sampler out: the model's own samples are the policy's.",
+    ),
+    Alarm(
+        name="value", title="the value head is far from the rewards", moments=("window",),
+        reads=("value_offset",), against="before", sign=_unforeseen,
+        cure="Rewards lie far from zero, where it starts. Centre them (of each term: --set "
+        "terms.0.labeller.shaping.standardise=running), raise the value term's weight, or take a "
+        "row without a value head (rloo).",
     ),
     Alarm(
         name="agreement", title="the reward errs where the policy has gone",
