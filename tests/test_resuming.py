@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preftune import automatic, checkpoint, durable, loop, training
+from preftune import automatic, checkpoint, durable, loop, run_output
 from preftune.errors import Saved, UserError
 from preftune.events import Event
 from preftune.huggingface import load_model
@@ -135,7 +135,7 @@ def test_a_model_that_cannot_be_written_loses_no_step(best_by, go, monkeypatch) 
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(training, "_write_model", full)
+        patch.setattr(run_output, "_write_model", full)
         with pytest.raises(UserError, match=r"model: 'out/model' cannot be written.*Free space"):
             go(objects=objects, **more)
     assert "step-000004" in saved() and not Path("out/.tmp-model").exists()

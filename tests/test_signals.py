@@ -53,17 +53,17 @@ def test_another_thread_leaves_signals_alone() -> None:
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
 def test_exit_codes(number, code, train, here, capsys, monkeypatch) -> None:
-    from preftune import training
+    from preftune import run_output
 
-    log = training._log
+    log = run_output.log
 
     def signalled(*args: object) -> None:
         log(*args)  # type: ignore[arg-type]
         send(number)
 
-    monkeypatch.setattr(training, "_log", signalled)
+    monkeypatch.setattr(run_output, "log", signalled)
     assert cli.run(train("--max-steps", "3")) == code
     assert "--resume" in capsys.readouterr().err
     assert [p.name for p in (here / "out" / "checkpoints").iterdir()] == ["step-000001"]
-    monkeypatch.setattr(training, "_log", log)
+    monkeypatch.setattr(run_output, "log", log)
     assert cli.run(["train", "--output", "out", "--resume"]) == 0

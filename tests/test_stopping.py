@@ -9,7 +9,8 @@ from torch import Tensor
 import tables
 from preftune import loop, methods
 from preftune.errors import UserError
-from preftune.method import check, configure, resolve
+from preftune.method import configure, resolve
+from preftune.method_checks import check
 from preftune.rounds import World
 from preftune.samples import Samples
 from preftune.sampling.decoding import Decoding

@@ -20,7 +20,8 @@ from preftune.labellers import (
     Unlabelled,
 )
 from preftune.labellers.base import Labeller
-from preftune.method import SETTINGS, Method, check, configure, resolve
+from preftune.method import SETTINGS, Method, configure, resolve
+from preftune.method_checks import check
 from preftune.sources import Offline, OnPolicy, Pool, Reference
 from preftune.terms import PLAIN, Objective, Term, Times
 

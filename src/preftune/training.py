@@ -1,6 +1,5 @@
 """`train`: the parts put together around the loop."""
 
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -8,29 +7,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from torch import Tensor
-
 from preftune import (
     automatic,
-    building,
     checkpoint,
-    durable,
     engines,
     fingerprint,
     following,
     held_out,
     loop,
-    model_card,
     reference_cache,
     resuming,
     reward_evaluation,
-    rewards,
+    run_output,
     trackers,
 )
 from preftune import config as configs
-from preftune.adapter_saving import save_model
-from preftune.alarms import Fired
 from preftune.config import Config
 from preftune.errors import Saved, UserError
 from preftune.events import Callback, Tell, teller
@@ -43,13 +34,13 @@ from preftune.parts import (
     resolved_config,
 )
 from preftune.policies.base import Sampler
-from preftune.policies.sharding import gathered, whole_state
+from preftune.policies.sharding import gathered
 from preftune.policies.transformer import Transformer
 from preftune.preparing import prepare
 from preftune.report import write_report
 from preftune.reward_model import RewardModel
 from preftune.rounds import World
-from preftune.runs import JUDGED, RunFolder
+from preftune.runs import RunFolder
 from preftune.signals import Signals
 from preftune.team import current, together
 
@@ -127,7 +118,7 @@ def _train(
     if config.trackers and current().main:
         follow = trackers.following(config.trackers, folder, folder.read_config())
         tell = teller((*callbacks, held.enter_context(follow)))
-    keep_answers(parts, folder)
+    run_output.keep_answers(parts, folder)
     if parts.followed is not None:
         parts.followed.keep_in(folder)
     evaluate = None
@@ -177,10 +168,12 @@ def execute(
     with _engine(parts, folder, tell) as engine, Signals() as signals:
         state.world = replace(state.world, engine=engine)
         hooks = loop.Hooks(
-            log=lambda step, metrics: _log(folder, tell, settings.max_steps, step, metrics),
+            log=lambda step, metrics: run_output.log(
+                folder, tell, settings.max_steps, step, metrics
+            ),
             evaluate=evaluate and (lambda step, last: _evaluate(evaluate, step, last, parts)),
-            save=lambda s: _save(s, folder, tell),
-            alarm=lambda fired: _alarm(fired, folder, tell),
+            save=lambda s: run_output.save(s, folder, tell),
+            alarm=lambda fired: run_output.alarm(fired, folder, tell),
             after=watch,
             ready=lambda s: _ready(s, parts, signals, tell),
             stop=lambda: _asked(signals) is not None,
@@ -196,9 +189,9 @@ def execute(
         if state.plateau.reached(state.method.patience) and state.step < settings.max_steps:
             tell("note", message=f"step {state.step}: the reward no longer rises: ended (patience)")
         with _saving(state, folder):
-            _take_best(state, folder, tell)
+            run_output.take_best(state, folder, tell)
             if keep_model:
-                _save_model(parts, folder)
+                run_output.save_model(parts, folder)
         asked = _asked(signals)  # while that was written
         if asked is not None:
             message = f"all of {folder.path} but its page is written: --resume adds it"
@@ -275,27 +268,6 @@ def _engine(parts: Parts, folder: RunFolder, tell: Tell) -> AbstractContextManag
     )  # fmt: skip
 
 
-def keep_answers(parts: Parts, folder: RunFolder) -> None:
-    """A judge is asked each question once in a run, however often the run is resumed."""
-    path = folder.path / JUDGED
-    parts.reward = parts.reward and rewards.kept(parts.reward, path)
-    parts.gold = parts.gold and rewards.kept(parts.gold, path)
-
-
-def _take_best(state: loop.State, folder: RunFolder, tell: Tell) -> None:
-    """With `best_by`, the model of the best evaluation is what the run leaves."""
-    if state.best is None or state.best[0] == state.step:
-        return
-    place = folder.path / "checkpoints"
-    before = checkpoint.last(place)
-    if before is None or checkpoint.step_of(before) < state.step:
-        resuming.keep(state, folder)  # from where more steps go on
-    state.torn = True
-    path = place / f"step-{state.best[0]:06d}"
-    checkpoint.load_weights(state.world.policy, path)
-    tell("note", message=f"the model is that of step {state.best[0]}, the best")
-
-
 def _make_blocks(parts: Parts, settings: loop.Settings, tell: Tell) -> None:
     """Compile the models' blocks, or have their activations recomputed, as settled."""
     chosen = blocks_are(parts, settings)
@@ -323,59 +295,3 @@ def _with_known(parts: Parts, world: World, settings: loop.Settings, tell: Tell)
     if world.reference is None and parts.held_out is None:
         parts.reference = None
     return world
-
-
-def _log(folder: RunFolder, tell: Tell, total: int, step: int, metrics: dict[str, Any]) -> None:
-    row = {"step": step, **metrics}
-    times = {name: row.pop(name) for name in metrics if name.startswith(loop.OF_TIME)}
-    folder.append("metrics.jsonl", [row])  # but for `seconds` the same, however often it is run
-    if times:
-        folder.append("times.jsonl", [{"step": step, **times}])
-    tell("step", step=step, total=total, metrics=row)
-
-
-def _alarm(fired: Fired, folder: RunFolder, tell: Tell) -> None:
-    folder.append("alarms.jsonl", [asdict(fired)])
-    tell("note", message=fired.message)
-
-
-def _save(state: loop.State, folder: RunFolder, tell: Tell) -> None:
-    path = checkpoint.save(state, folder.path / "checkpoints")
-    tell("save", step=state.step, message=str(path))
-
-
-def _save_model(parts: Parts, folder: RunFolder) -> None:
-    """Write `model/`, which appears whole.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    state = whole_state(parts.model.model) if current().sharded else None
-    if not current().main:
-        return
-    work, place = folder.path / ".tmp-model", folder.path / "model"
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        _write_model(parts, folder, work, state)
-        shutil.rmtree(place, ignore_errors=True)
-        durable.reach("model")
-        work.rename(place)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise UserError(
-            f"model: '{place}' cannot be written ({error}). Free space, then go on with --resume."
-        ) from error
-
-
-def _write_model(
-    parts: Parts, folder: RunFolder, work: Path, state: dict[str, Tensor] | None
-) -> None:
-    """Weights, tokenizer and card."""
-    if isinstance(parts.model, RewardModel):
-        parts.model.save(work, building.as_scored(parts.tokenizer, parts.renderer), state)
-    else:
-        tokenizer = building.as_rendered(parts.tokenizer, parts.renderer)
-        if parts.model.controls is not None:
-            tokenizer = building.asking_for_good(tokenizer)
-        save_model(parts.model.model, tokenizer, work, parts.model.value_head, state)
-    durable.write_text(work / "README.md", model_card.text(parts, folder))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from preftune import config as configs
-from preftune import counting, held_out, judges, loop, resuming, training
+from preftune import counting, held_out, judges, loop, resuming, run_output, training
 from preftune.comparing import prompts
 from preftune.comparing.costs import CURVE_POINTS
 from preftune.comparing.job import RUNS, Job
@@ -107,7 +107,7 @@ def _trained(job: Job, folder: Path, tell: Tell) -> dict[str, Any]:
             if job.curve:
                 settings = replace(settings, eval_every=-(-settings.max_steps // POINTS))
             run_folder = resuming.open_folder(parts, resolved_config(parts, settings))
-        training.keep_answers(parts, run_folder)
+        run_output.keep_answers(parts, run_folder)
         watch = _Watch(job, parts, run_folder, settings.max_steps, tell)
         watch.ready = time.perf_counter()
         training.execute(

@@ -195,7 +195,7 @@ class Member:
     def __call__(self, samples: Samples, state: State) -> tuple[Batch, State]:
         """See `Labeller`."""
         found = self.is_at(samples.origin)
-        assert bool(found.any(-1).all()), "no such response: see `method.check`"
+        assert bool(found.any(-1).all()), "no such response: see `method_checks`"
         return Batch(index=found.long().argmax(-1)[..., None, None]), state
 
     def signals(self) -> dict[str, list[float]]:
