@@ -174,6 +174,15 @@ def test_no_default_model_anywhere_names_the_cure(
     assert not list(tmp_path.rglob("config.json"))
 
 
+def test_a_folder_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with one slash may be a Hub id, which is asked."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"'runs/mine' could not be loaded: there is no such folde"):
+        huggingface.load_model("runs/mine", torch.float32)
+
+
 @pytest.mark.slow
 def test_the_converted_default_model_scores_as_plain_forwards(tmp_path: Path) -> None:
     """Real weights: log-probs on both layouts, and sampling that agrees with them."""

@@ -136,8 +136,9 @@ def _said(name: str, make: Callable[[], Any]) -> Any:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         cure = "Check the name, or copy or download the folder anew."
+        asked = "" if Path(name).is_dir() else "there is no such folder, and of the Hub: "
         raise UserError(
-            f"model '{name}' could not be loaded: {first.rstrip('.')}. {cure}"
+            f"model '{name}' could not be loaded: {asked}{first.rstrip('.')}. {cure}"
         ) from error
 
 
