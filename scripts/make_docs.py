@@ -84,7 +84,7 @@ samples of another temperature.
 
 `reference_update` is `fixed` (the default: the reference stays as it starts), `round` (at each
 round of fresh samples, offline at each epoch, it becomes the policy) or `ema` (after each update it
-keeps .99 of itself and takes .01 of the policy; the .99 is not a setting).
+keeps .99 of itself and takes .01 of the policy; `ema_decay` is that share).
 
 ## Parts of your own
 

@@ -23,7 +23,7 @@ _SECTIONS = {
     "Updates": (
         "max_steps", "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "lr_schedule",
         "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer",
-        "reference_update",
+        "reference_update", "ema_decay",
         "max_skipped",
     ),
     "Settings of rows": (

@@ -332,3 +332,11 @@ def test_inspect_fails_without_the_end_token(refused, tiny_model, pairs_file, mo
     monkeypatch.setattr(commands.loading, "load_rows", forget)
     message = refused("inspect", "--model", tiny_model, "--data", pairs_file)
     assert "end token is not in the loss mask of 1 of 12 rows" in message
+
+
+def test_the_decay_of_a_moving_reference_is_kept(train, refused, here) -> None:
+    assert "Set reference_update to ema" in refused(*train(ema_decay="0.5"))
+    assert cli.run(train("--save-every", "1", reference_update="ema", ema_decay="0.5")) == 0
+    assert cli.run(["train", "--output", "out", "--resume", "--max-steps", "2"]) == 0
+    kept = yaml.safe_load((here / "out" / "config.yaml").read_text())
+    assert (kept["reference_update"], kept["ema_decay"], kept["max_steps"]) == ("ema", 0.5, 2)

@@ -408,14 +408,16 @@ def test_the_reference_of_offline_data_moves_with_the_epoch():
         assert torch.equal(reference[t], start if t < 2 else before[t - t % 2])
 
 
-def test_a_moving_average_of_the_policy():
-    """Each update: 0.99 of itself and 0.01 of the policy after the step."""
+@pytest.mark.parametrize("kept", [0.99, 0.6])
+def test_a_moving_average_of_the_policy(kept: float):
+    """Each update: 0.99 of itself and 0.01 of the policy after the step, or as is set."""
     world = make_world()
     by_hand = world.reference.logits.detach().clone()
-    before, reference = follow(row_of("dpo", reference_update="ema"), world, 5)
+    own = {} if kept == 0.99 else {"ema_decay": kept}
+    before, reference = follow(row_of("dpo", reference_update="ema", **own), world, 5)
     after = [*before[1:], world.policy.logits.detach()]
     for t in range(5):
-        by_hand = 0.99 * by_hand + 0.01 * after[t]
+        by_hand = kept * by_hand + (1 - kept) * after[t]
         torch.testing.assert_close(reference[t], by_hand, rtol=0, atol=1e-14)
 
 

@@ -69,7 +69,9 @@ class Cell:
         """Everything that decides what its runs give."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own |= {"problem": repr(self.problem), "method": spec.to_data(self.method)}
-        rest = {"reference_update": self.method.reference_update, "name": self.method.name}
+        rest: dict[str, Any] = {n: getattr(self.method, n) for n in ("reference_update", "name")}
+        if self.method.reference_update == "ema":
+            rest["ema_decay"] = self.method.ema_decay
         return own | rest | {"after": self.after and self.after.plain()}
 
     @property

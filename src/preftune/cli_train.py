@@ -12,7 +12,7 @@ _UNUSED = (
     "prompts_per_round", "samples_per_prompt", "passes", "max_new_tokens", "temperature", "top_p",
     "top_k", "min_new_tokens", "stop", "beta", "tau", "clip", "kl", "target_kl", "patience",
     "max_weight",
-    "baseline", "reference", "reference_update", "reference_cache", "weight", "unit",
+    "baseline", "reference", "reference_update", "ema_decay", "reference_cache", "weight", "unit",
 )  # fmt: skip
 """Flags that the training of a reward model has no use for: it samples nothing."""
 

@@ -174,7 +174,14 @@ class Config(Strict):
     reference_update: Literal["fixed", "round", "ema"] | None = Field(
         None,
         description="fixed: the reference stays as it starts; round: it becomes the policy at each "
-        "round (offline: each epoch); ema: a moving average that keeps .99 of itself an update",
+        "round (offline: each epoch); ema: a moving average of the policy",
+    )
+    ema_decay: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of itself that a reference with reference_update: ema keeps at an "
+        "update (default .99)",
     )
     beta: float | None = Field(
         None,

@@ -26,7 +26,7 @@ class Method:
     """round: the reference is the policy at the start of each on-policy round (offline: each
     epoch); ema: a moving average of it."""
     ema_decay: float = 0.99
-    """Of the moving average, an update."""
+    """Share of itself that the moving average keeps at an update."""
     target_kl: float | None = None
     """Budget of reverse KL, nats, that the KL terms and coefficients are moved to hold."""
     patience: int | None = None
@@ -134,10 +134,11 @@ def _pushes_down(term: Term) -> bool:
     return False
 
 
+OF_ROW = ("reference_update", "ema_decay", "target_kl", "patience")
+"""Settings of a row as a whole."""
 SETTINGS = (
     "beta", "tau", "weight", "clip", "baseline", "label_smoothing", "kl", "max_weight",
-    "prompts_per_round", "samples_per_prompt", "passes", "unit", "target_kl", "reference_update",
-    "patience",
+    "prompts_per_round", "samples_per_prompt", "passes", "unit", *OF_ROW,
 )  # fmt: skip
 """Flat settings: each sets the field of that name in every term that has it."""
 _CURES = {"beta": "tau", "tau": "beta"}
@@ -151,7 +152,7 @@ def configure(method: Method, settings: Mapping[str, Any]) -> Method:
         UserError: a setting that no term of the row has.
     """
     for name, value in settings.items():
-        if name in ("target_kl", "reference_update", "patience"):
+        if name in OF_ROW:
             method = replace(method, **{name: value})
             continue
         known = [x for t in method.terms for x in _choices(t, name)]

@@ -28,6 +28,11 @@ def check(method: Method, decoding: Decoding, batch_size: int) -> None:
             f"reference_update: the method '{method.name}' has no use for a reference. "
             "Leave it out."
         )
+    if method.reference_update != "ema" and method.ema_decay != Method.ema_decay:
+        raise UserError(
+            f"ema_decay: the reference is no moving average ('{method.reference_update}'). Set "
+            "reference_update to ema, or leave it out."
+        )
     _check_budget(method, decoding)
     if method.patience is not None and not _judges_fresh(method):
         raise UserError(

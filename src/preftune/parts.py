@@ -150,10 +150,12 @@ def resolved_config(parts: Parts, settings: loop.Settings) -> dict[str, Any]:
     reward = parts.reward.name if isinstance(parts.reward, rewards.Length) else parts.config.reward
     told = judges.label_source(parts.reward, parts.config.data)
     judged_by = parts.config.label_source or told
+    averages = parts.method.reference_update == "ema"
     return {
         "method": parts.method.name,
         "terms": spec.to_data(parts.method),
         "reference_update": parts.method.reference_update,
+        **({"ema_decay": parts.method.ema_decay} if averages else {}),
         **({"target_kl": parts.method.target_kl} if parts.method.target_kl else {}),
         **({"patience": parts.method.patience} if parts.method.patience else {}),
         **flat,

@@ -22,7 +22,7 @@ import torch
 from preftune import labellers, objectives, sources
 from preftune.collecting import Source
 from preftune.errors import UserError, nearest
-from preftune.method import Method, resolve
+from preftune.method import OF_ROW, Method, resolve
 from preftune.samples import Samples
 from preftune.terms import PLAIN, Term, loss_sum
 from preftune.values import checked, kinds_of, plain
@@ -49,7 +49,7 @@ LABELLERS: dict[str, Any] = {
 }
 OBJECTIVES: dict[str, Any] = {name: getattr(objectives, name) for name in objectives.__all__}
 _KEYS = ("source", "labeller", "objective", "settings", *PLAIN)
-ROW_KEYS = ("name", "terms", "reference_update", "target_kl", "patience")
+ROW_KEYS = ("name", "terms", *OF_ROW)
 """Of a row in YAML."""
 
 

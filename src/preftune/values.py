@@ -19,7 +19,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
         lambda x: x > 0,
     ),
     (("kl", "threshold", "no_end_penalty", "mix_scale", "place"), "0 or more", lambda x: x >= 0),
-    (("gamma", "lam"), "0 to 1", lambda x: 0 <= x <= 1),
+    (("gamma", "lam", "ema_decay"), "0 to 1", lambda x: 0 <= x <= 1),
     (("label_smoothing",), "at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
 )
 
