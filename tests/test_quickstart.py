@@ -43,7 +43,8 @@ def test_quickstart(tmp_path):
     rows = quickstart.run(tmp_path / "q", Console(file=io.StringIO()))
     by_name = {r["method"]: r for r in rows}
     assert list(by_name) == ["reference", "pref_ft", "dpo", "hypo"]
-    assert by_name["dpo"]["reward"]["low"] > by_name["reference"]["reward"]["high"]
+    # paired by prompt: twelve updates in bfloat16 gain less than what prompts differ by
+    assert all(by_name[name]["reward_gain"]["low"] > 0 for name in quickstart.METHODS)
     for name in quickstart.METHODS:
         assert (tmp_path / "q" / name / "model" / "model.safetensors").exists()
         steps = [json.loads(r) for r in (tmp_path / "q" / name / "metrics.jsonl").open()]
