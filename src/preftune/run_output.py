@@ -36,6 +36,7 @@ def keep_answers(parts: Parts, folder: RunFolder) -> None:
 
 
 def log(folder: RunFolder, tell: Tell, total: int, step: int, metrics: dict[str, Any]) -> None:
+    """An update's figures, times apart, and an evaluation's."""
     row = {"step": step, **metrics}
     times = {name: row.pop(name) for name in metrics if name.startswith(loop.OF_TIME)}
     folder.append("metrics.jsonl", [row])  # but for `seconds` the same, however often it is run
@@ -45,11 +46,13 @@ def log(folder: RunFolder, tell: Tell, total: int, step: int, metrics: dict[str,
 
 
 def alarm(fired: Fired, folder: RunFolder, tell: Tell) -> None:
+    """What an alarm said."""
     folder.append("alarms.jsonl", [asdict(fired)])
     tell("note", message=fired.message)
 
 
 def save(state: loop.State, folder: RunFolder, tell: Tell) -> None:
+    """A checkpoint."""
     path = checkpoint.save(state, folder.path / "checkpoints")
     tell("save", step=state.step, message=str(path))
 

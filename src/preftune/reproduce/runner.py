@@ -96,7 +96,8 @@ def reproduce(
         if (plan := _experiment(c).plan) is not None
     }
     cells = _distinct(plans.values(), folder / "made")
-    study, source = _open(folder, cells, workers, resume)
+    now = source_digest()
+    study, source = _open(folder, cells, workers, resume, now)
     with RunFolder.held(folder):  # verdicts are drawn and written as the only one too
         RunFolder.create(folder, _config(plans, seed_base, source))
         measure = _run(study, cells, claims, seeds, plans, tick)
@@ -105,8 +106,8 @@ def reproduce(
         facts = {
             "First seed": str(seed_base), "Grid": "full" if full else "each claim's own points",
         }  # fmt: skip
-        if source != source_digest():
-            facts["Source"] = f"runs {source}, verdicts {source_digest()}"
+        if source != now:
+            facts["Source"] = f"runs {source}, verdicts {now}"
         page = write_page(folder / "report.html", judged, facts)
         RunFolder(folder).write_json("results.json", rows)
     failed = {j.claim.key: j.failed for j in judged if j.failed}
@@ -168,16 +169,17 @@ def _distinct(plans: Iterable[Cells], made: Path) -> list[tuple[Runnable, Sequen
 
 
 def _open(
-    folder: Path, cells: Sequence[tuple[Runnable, Sequence[int]]], workers: int, resume: bool
-) -> tuple[Study, str]:
-    """A free folder, or one that has been begun, and the digest of the source of its runs: this
-    very code's, or another's where nothing is left to run and verdicts alone are drawn."""
+    folder: Path, cells: Sequence[tuple[Runnable, Sequence[int]]], workers: int, resume: bool,
+    now: str,
+) -> tuple[Study, str]:  # fmt: skip
+    """A free folder, or one that has been begun, and the digest of the source of its runs: that of
+    the code as it is now, or another where nothing is left to run and verdicts alone are drawn."""
     if not (resume and (folder / "config.yaml").is_file()):
         RunFolder.check_free(folder)
-        return Study(folder, workers), source_digest()
+        return Study(folder, workers), now
     source = RunFolder(folder).read_config().get("source")
     study = Study(folder, workers)
-    if source != source_digest() and any(study.missing(*cell) for cell in cells):
+    if source != now and any(study.missing(*cell) for cell in cells):
         raise UserError(
             f"output '{folder}': its runs were made by other source code, so they cannot be "
             "mixed with new ones. Give another folder."
